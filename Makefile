@@ -1,0 +1,78 @@
+# `make help` lists the targets. Everything is installed into .venv, and nothing outside it is touched.
+
+PYTHON ?= python3
+# Set to 1 to use the torch and triton already installed for PYTHON (a CUDA or ROCm build).
+SYSTEM_TORCH ?=
+# What to install otherwise. An exact version, so that an unpinned request cannot pull in several GB
+# of GPU libraries by surprise; on a machine with a GPU use SYSTEM_TORCH=1 or TORCH='torch>=2.11'.
+TORCH ?= torch==2.13.0
+# Further arguments for pytest: make test ARGS='-k rope -x'
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+DEMO := build/demo
+
+# The choices named by the user this time; the others stay as they were when .venv was made.
+NAMED := $(foreach v,PYTHON SYSTEM_TORCH TORCH,$(if $(filter command environment,$(firstword $(origin $v))),$v))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench clean force
+
+help:
+	@echo "make demo       write a tiny synthetic checkpoint, load it, generate from it (CPU, no download of weights)"
+	@echo "make check      lint, formatting, types, house rules and the fast tests: before every commit"
+	@echo "make test       the tests, parity with transformers included (under 10 minutes on 2 cores)"
+	@echo "make test-all   every test that needs no GPU"
+	@echo "make bench      measure generation on a tiny synthetic checkpoint; prints JSON lines"
+	@echo "make clean      remove what these targets made, .venv included"
+	@echo
+	@echo "The first target that runs sets up .venv. Variables:"
+	@echo "  PYTHON=python3.12       the interpreter to build .venv from (3.11 or newer; now: $(PYTHON))"
+	@echo "  SYSTEM_TORCH=1          keep the torch and triton installed for PYTHON; never replaces them"
+	@echo "  TORCH='torch>=2.11'     the torch to install when SYSTEM_TORCH is not set (now: $(TORCH))"
+	@echo "  ARGS='-k name -x'       more arguments for pytest"
+
+$(READY): pyproject.toml tools/setup_venv.py
+	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --ready $(READY) --extras dev,peers \
+	    --torch '$(TORCH)' --system-torch '$(SYSTEM_TORCH)' --named '$(NAMED)'
+
+# A choice named on the command line is always compared with what .venv was made from.
+ifneq ($(strip $(NAMED)),)
+$(READY): force
+endif
+force:
+
+demo: $(READY)
+	@echo "== 1. Write a tiny checkpoint in DeepSeek-V4's on-disk format (random weights, FP4 experts, FP8 linears)"
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(PY) -m fourfold synth $(DEMO)/tiny --geometry tiny --weights native --seed 1
+	@echo
+	@echo "== 2. Load it on the CPU and continue two prompts in one batch"
+	@echo "   The weights are random, so the text is noise: what is shown is the way from files to tokens."
+	$(PY) -m fourfold generate $(DEMO)/tiny --prompt "The capital of France is" --prompt "你好，世界" \
+	    --max-tokens 32 --seed 1
+	@echo
+	@echo "== Done. The checkpoint stays in $(DEMO)/tiny; 'make test' proves the arithmetic."
+
+test: $(READY)
+	$(PY) -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-all: $(READY)
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_house.py
+	$(PY) -m pytest -q -m "not gpu and not slow and not full" --ignore=tests/test_house.py $(ARGS)
+
+bench: $(READY)
+	@echo "== bench/forward.py: generation on a tiny synthetic checkpoint, CPU; the only benchmark so far" >&2
+	@$(PY) bench/forward.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fourfold tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +

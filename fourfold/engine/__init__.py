@@ -1,0 +1,1 @@
+"""The engine: scheduling, batches, the step loop. Above the model, below every front."""

@@ -1,0 +1,1 @@
+"""The network, once: DeepSeek-V4 for every device and every storage format."""

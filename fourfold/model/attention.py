@@ -1,0 +1,129 @@
+"""Attention: queries, the one key/value row, the compressor, the indexer, the grouped output.
+
+    y ─ wq_a ─ norm ─ qr ─ wq_b ─ per-head norm ─ rotary ─ q ───────────────┐
+    │                  └─ indexer: best compressed rows ──────────── list ──┤
+    ├─ wkv ─ norm ─ rotary ─ encode ─ own rows (then the ring) ─────────────┼─ sparse attention
+    └─ compressor: fold m tokens ─ norm ─ rotary ─ encode ─ pages ──────────┘        │
+                                          z ◄─ wo_b ◄─ wo_a by group ◄─ inverse rotary
+
+Contract: compressed rows are written before attention reads them (the token that completes a row sees
+it), the ring after, since early queries of a run need rows that its late tokens overwrite.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fourfold.core.batch import ForwardBatch
+from fourfold.core.parameters import Role
+from fourfold.core.state import CompressedState, LayerState
+from fourfold.model.parts import Context, Notes, Parameters
+from fourfold.ops.rope import inverse_frequencies
+
+MAIN = (Role.COMPRESSOR_WKV, Role.COMPRESSOR_WGATE, Role.COMPRESSOR_APE, Role.COMPRESSOR_NORM)
+INDEX = (Role.INDEXER_WKV, Role.INDEXER_WGATE, Role.INDEXER_APE, Role.INDEXER_NORM)
+
+
+class Compressor:
+    """Pools every m tokens into one row and writes it to its page."""
+
+    def __init__(
+        self,
+        context: Context,
+        p: Parameters,
+        roles: tuple[Role, Role, Role, Role],
+        ratio: int,
+        inv_freq: Tensor,
+    ):
+        self.ops, self.ratio, self.inv_freq = context.ops, ratio, inv_freq
+        self.eps = context.config.rms_norm_eps
+        wkv, wgate, ape, norm = roles
+        self.wkv, self.wgate = p.weight(wkv), p.weight(wgate)
+        self.ape, self.norm = p.tensor(ape), p.tensor(norm)
+
+    def __call__(self, y: Tensor, batch: ForwardBatch, state: CompressedState) -> Tensor:
+        """Fold `y [T, D]` into the state, store the rows it completes; returns them before norm."""
+        ops, emission = self.ops, batch.emissions[self.ratio]
+        kv = ops.linear(y, self.wkv, unrounded=True)
+        gate = ops.linear(y, self.wgate, unrounded=True)
+        pooled, kept = ops.compress(
+            kv, gate, self.ape, state.folds, batch, emission, self.ratio, y.dtype
+        )
+        rows = ops.norm_rope_rows(
+            pooled, self.norm, emission.positions, self.inv_freq, self.eps, state.pages.format
+        )
+        ops.store_rows(state.pages, rows, emission.slots)
+        ops.store_folds(state.folds, kept, batch.fold_targets)
+        return pooled
+
+
+class Indexer:
+    """Chooses the compressed rows each query attends to."""
+
+    def __init__(self, context: Context, p: Parameters, ratio: int, inv_freq: Tensor):
+        c = context.config
+        self.ops, self.config, self.ratio, self.inv_freq = context.ops, c, ratio, inv_freq
+        self.compressor = Compressor(context, p, INDEX, ratio, inv_freq)
+        self.wq_b = p.weight(Role.INDEXER_WQ_B)
+        self.weights_proj = p.weight(Role.INDEXER_WEIGHTS)
+        self.scale = (c.index_n_heads * c.index_head_dim) ** -0.5
+
+    def __call__(
+        self, y: Tensor, qr: Tensor, batch: ForwardBatch, state: CompressedState
+    ) -> Tensor:
+        """Rows to attend to, `[T, index_topk]`, −1 padded."""
+        self.compressor(y, batch, state)
+        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (-1, self.config.index_head_dim))
+        q = self.ops.rotate(q, batch.positions, self.inv_freq)
+        weights = self.ops.linear(y, self.weights_proj, unrounded=True) * self.scale
+        return self.ops.index_topk(
+            q, weights, state.pages, batch, self.ratio, self.config.index_topk
+        )
+
+
+class Attention:
+    """One layer's attention; `ratio` is its compress ratio (0: window only)."""
+
+    def __init__(self, context: Context, p: Parameters, ratio: int, name: str):
+        c = context.config
+        self.ops, self.comm, self.config = context.ops, context.comm, c
+        self.ratio, self.name = ratio, name
+        theta, scaling = (
+            (c.compress_rope_theta, c.rope_scaling) if ratio else (c.rope_theta, None)
+        )
+        sink = p.tensor(Role.ATTN_SINK)
+        inv_freq = inverse_frequencies(c.qk_rope_head_dim, theta, scaling).to(sink.device)
+        self.sink, self.inv_freq = sink, inv_freq
+        self.wq_a, self.q_norm = p.weight(Role.WQ_A), p.tensor(Role.Q_NORM)
+        self.wq_b, self.wkv = p.weight(Role.WQ_B), p.weight(Role.WKV)
+        self.kv_norm = p.tensor(Role.KV_NORM)
+        self.wo_a, self.wo_b = p.weight(Role.WO_A), p.weight(Role.WO_B)
+        self.compressor = Compressor(context, p, MAIN, ratio, inv_freq) if ratio else None
+        self.indexer = Indexer(context, p, ratio, inv_freq) if c.has_indexer(ratio) else None
+
+    def __call__(self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes) -> Tensor:
+        """`y [T, D]` → `[T, D]`; reads and writes the layer's state."""
+        ops, c, eps = self.ops, self.config, self.config.rms_norm_eps
+        qr = ops.rms_norm(ops.linear(y, self.wq_a), self.q_norm, eps)
+        q = ops.linear(qr, self.wq_b).unflatten(-1, (-1, c.head_dim))
+        q = ops.query_norm_rope(q, batch.positions, self.inv_freq, eps)
+        note(f"{self.name}.q", q)
+        kv = ops.linear(y, self.wkv)
+        own = ops.norm_rope_rows(
+            kv, self.kv_norm, batch.positions, self.inv_freq, eps, state.ring.format
+        )
+        note(f"{self.name}.kv", kv)
+        pages = listed = None
+        if self.compressor and state.main:
+            note(f"{self.name}.compressed", self.compressor(y, batch, state.main))
+            pages = state.main.pages
+        if self.indexer and state.indexer:
+            listed = self.indexer(y, qr, batch, state.indexer)
+            note(f"{self.name}.listed", listed)
+        attended = ops.sparse_attention(
+            q, self.sink, own, state.ring, pages, listed, batch, c.sliding_window, self.ratio
+        )
+        ops.store_rows(state.ring, own, batch.ring_slots)
+        note(f"{self.name}.attended", attended)
+        grouped = ops.grouped_output(attended, self.wo_a, batch.positions, self.inv_freq)
+        return self.comm.all_reduce(ops.linear(grouped, self.wo_b))

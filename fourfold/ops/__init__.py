@@ -1,0 +1,1 @@
+"""Ops: the unit of portability. One file a family; each op carries its body, cases and tolerance."""

@@ -1,0 +1,242 @@
+"""Ops, kernels and the plan that joins them.
+
+Contract: an `Op` is a name, a typed signature and a body in plain torch; the body *is* the definition.
+A `Kernel` is another body for the same op with the features it needs. `KernelPlan.resolve` picks one
+kernel for every op, once, before any weight is read; the model receives the plan and calls
+`plan.<op>(...)`. Nothing here is mutable and nothing here knows a particular op, vendor or model.
+
+A composite op's body takes the plan as its first argument and calls smaller ops through it, so that a
+fused kernel for the whole replaces the parts without a second model, and kernels for the parts serve
+where there is none for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.core.config import ModelConfig
+from fourfold.core.device import Device, Feature
+from fourfold.core.errors import KernelError
+
+BODY = "body"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Named arguments for one test of an op."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CaseMaker:
+    """Makes an op's test inputs: seeded, on one device, in one dtype."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    @staticmethod
+    def seeded(dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> CaseMaker:
+        target = torch.device(device)
+        return CaseMaker(dtype, target, torch.Generator("cpu").manual_seed(seed))
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers, rounded through bfloat16 so that every dtype sees the same values."""
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
+        return values.to(torch.bfloat16).to(dtype or self.dtype).to(self.device)
+
+    def randint(self, high: int, *shape: int, low: int = 0) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest |kernel − body| allowed, relative to the output's largest magnitude, by model dtype.
+
+    Integer outputs (codes, indices) must be equal.
+    """
+
+    float32: float = 1e-5
+    bfloat16: float = 1.6e-2
+    float64: float = 1e-12
+
+    def of(self, dtype: torch.dtype) -> float:
+        return float(getattr(self, str(dtype).removeprefix("torch.")))
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation of the model. Calling it runs the body.
+
+    `writes` names the arguments the op changes in place; every other op is pure. `differentiable`
+    says that autograd through the body is meaningful.
+    """
+
+    name: str
+    body: Callable[..., Any]
+    cases: Callable[[CaseMaker], Iterator[Case]]
+    tolerance: Tolerance
+    writes: tuple[str, ...] = ()
+    composite: bool = False
+    differentiable: bool = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(*args, **kwargs)
+
+
+def op(
+    cases: Callable[[CaseMaker], Iterator[Case]],
+    *,
+    tolerance: Tolerance | None = None,
+    writes: tuple[str, ...] = (),
+    composite: bool = False,
+    differentiable: bool = True,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declare a function as the body of the op of the same name."""
+
+    def declare(body: Callable[..., Any]) -> Op:
+        return Op(
+            name=body.__name__,
+            body=body,
+            cases=cases,
+            tolerance=tolerance or Tolerance(),
+            writes=writes,
+            composite=composite,
+            differentiable=differentiable,
+        )
+
+    return declare
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Another body for op `op`, available where `needs` ⊆ the device's features.
+
+    `supports` says why a model's shapes do not suit it (None: they do). Larger `priority` is tried
+    first; the body has priority 0.
+    """
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    needs: frozenset[Feature] = frozenset()
+    priority: int = 10
+    supports: Callable[[ModelConfig], str | None] = field(default=lambda config: None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel chosen for one op, why, and why the others were not."""
+
+    op: str
+    kernel: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+class KernelPlan:
+    """One kernel for every op: `plan.linear(x, w)` runs the one chosen for `linear`."""
+
+    def __init__(self, ops: Sequence[Op], chosen: Mapping[str, Kernel], choices: Iterable[Choice]):
+        self.choices = tuple(choices)
+        self._run: dict[str, Callable[..., Any]] = {}
+        for each in ops:
+            kernel = chosen.get(each.name)
+            run = kernel.run if kernel else each.body
+            self._run[each.name] = self._bind(run) if each.composite else run
+
+    def _bind(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: run(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.__dict__["_run"][name]
+        except KeyError:
+            raise AttributeError(f"no op is called {name!r}") from None
+
+    @staticmethod
+    def bodies(ops: Sequence[Op]) -> KernelPlan:
+        """The plan that runs every op's definition."""
+        return KernelPlan(ops, {}, [Choice(o.name, BODY, "definition") for o in ops])
+
+    @staticmethod
+    def resolve(
+        ops: Sequence[Op],
+        kernels: Sequence[Kernel],
+        device: Device,
+        config: ModelConfig,
+        overrides: Mapping[str, str] | None = None,
+    ) -> KernelPlan:
+        """Choose a kernel for every op.
+
+        `overrides` maps op names to kernel names (`--kernel OP=NAME`); `KernelError` if either does
+        not exist or the kernel cannot run here.
+        """
+        forced = dict(overrides or {})
+        known = {o.name for o in ops}
+        for name in forced:
+            if name not in known:
+                raise KernelError(f"--kernel {name}: no such op; ops are {', '.join(sorted(known))}")
+        chosen: dict[str, Kernel] = {}
+        choices = []
+        for each in ops:
+            candidates = sorted(
+                (k for k in kernels if k.op == each.name), key=lambda k: -k.priority
+            )
+            kernel, choice = _choose(each.name, candidates, device, config, forced.get(each.name))
+            if kernel:
+                chosen[each.name] = kernel
+            choices.append(choice)
+        return KernelPlan(ops, chosen, choices)
+
+    def describe(self) -> str:
+        """The plan as a table, one line an op, with reasons."""
+        lines = []
+        for c in self.choices:
+            lines.append(f"{c.op:<22} {c.kernel:<12} {c.reason}")
+            lines.extend(f"{'':<22} not {name}: {why}" for name, why in c.rejected)
+        return "\n".join(lines)
+
+
+def _choose(
+    name: str,
+    candidates: Sequence[Kernel],
+    device: Device,
+    config: ModelConfig,
+    forced: str | None,
+) -> tuple[Kernel | None, Choice]:
+    refusals = {k.name: _refusal(k, device, config) for k in candidates}
+    if forced is not None:
+        if forced == BODY:
+            return None, Choice(name, BODY, "forced by --kernel")
+        if forced not in refusals:
+            names = ", ".join([*refusals, BODY])
+            raise KernelError(f"--kernel {name}={forced}: no such kernel; {name} has {names}")
+        if refusals[forced]:
+            raise KernelError(f"--kernel {name}={forced}: {refusals[forced]}")
+        kernel = next(k for k in candidates if k.name == forced)
+        return kernel, Choice(name, forced, "forced by --kernel")
+    rejected = []
+    for kernel in candidates:
+        why = refusals[kernel.name]
+        if why is None:
+            reason = f"first that suits {device.arch.name}"
+            return kernel, Choice(name, kernel.name, reason, tuple(rejected))
+        rejected.append((kernel.name, why))
+    reason = "no kernel suits this device" if candidates else "the op's definition"
+    return None, Choice(name, BODY, reason, tuple(rejected))
+
+
+def _refusal(kernel: Kernel, device: Device, config: ModelConfig) -> str | None:
+    missing = kernel.needs - device.features
+    if missing:
+        names = ", ".join(sorted(f.value for f in missing))
+        return f"needs {names}, which {device.arch.name} lacks"
+    return kernel.supports(config)

@@ -1,0 +1,23 @@
+"""What every test shares: fixed seeds, derandomised hypothesis, no network."""
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# transformers must never ask a hub for a file that a test wrote itself.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+hypothesis.settings.register_profile("fourfold", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fourfold")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """A test's random numbers depend on the test alone, not on what ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
