@@ -1,8 +1,9 @@
 """A read-only mapping for frozen configs: hashable, comparable with dict, and picklable.
 
 Contract: `freeze(value)` turns nested JSON values into immutable ones (objects to `FrozenDict`,
-arrays to tuples); `thaw(value)` turns them back into what `json.dump` takes. Knows nothing about what
-the values mean. (`types.MappingProxyType` can be neither hashed, copied nor sent to another process.)
+arrays to tuples); `thaw(value)` turns them back into what `json.dump` takes. Knows nothing about
+what the values mean. (`types.MappingProxyType` can be neither hashed, copied nor sent to another
+process.)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fourfold.core.batch import ForwardBatch
 from fourfold.core.parameters import Role
+from fourfold.core.rows import RowPages
 from fourfold.core.state import CompressedState, LayerState
 from fourfold.model.parts import Context, Notes, Parameters
 from fourfold.ops.rope import inverse_frequencies
@@ -41,8 +42,8 @@ class Compressor:
         self.wkv, self.wgate = p.weight(wkv), p.weight(wgate)
         self.ape, self.norm = p.tensor(ape), p.tensor(norm)
 
-    def __call__(self, y: Tensor, batch: ForwardBatch, state: CompressedState) -> Tensor:
-        """Fold `y [T, D]` into the state, store the rows it completes; returns them before norm."""
+    def __call__(self, y: Tensor, batch: ForwardBatch, state: CompressedState) -> RowPages:
+        """Fold `y [T, D]` into the state and store the rows it completes, which are returned."""
         ops, emission = self.ops, batch.emissions[self.ratio]
         kv = ops.linear(y, self.wkv, unrounded=True)
         gate = ops.linear(y, self.wgate, unrounded=True)
@@ -54,31 +55,36 @@ class Compressor:
         )
         ops.store_rows(state.pages, rows, emission.slots)
         ops.store_folds(state.folds, kept, batch.fold_targets)
-        return pooled
+        return rows
 
 
 class Indexer:
     """Chooses the compressed rows each query attends to."""
 
-    def __init__(self, context: Context, p: Parameters, ratio: int, inv_freq: Tensor):
+    def __init__(self, context: Context, p: Parameters, ratio: int, inv_freq: Tensor, name: str):
         c = context.config
-        self.ops, self.config, self.ratio, self.inv_freq = context.ops, c, ratio, inv_freq
+        self.ops, self.config, self.name = context.ops, c, name
+        self.ratio, self.inv_freq = ratio, inv_freq
         self.compressor = Compressor(context, p, INDEX, ratio, inv_freq)
         self.wq_b = p.weight(Role.INDEXER_WQ_B)
         self.weights_proj = p.weight(Role.INDEXER_WEIGHTS)
         self.scale = (c.index_n_heads * c.index_head_dim) ** -0.5
 
     def __call__(
-        self, y: Tensor, qr: Tensor, batch: ForwardBatch, state: CompressedState
+        self, y: Tensor, qr: Tensor, batch: ForwardBatch, state: CompressedState, note: Notes
     ) -> Tensor:
         """Rows to attend to, `[T, index_topk]`, −1 padded."""
-        self.compressor(y, batch, state)
+        note(f"{self.name}.index_keys", self.compressor(y, batch, state).data()[0])
         q = self.ops.linear(qr, self.wq_b).unflatten(-1, (-1, self.config.index_head_dim))
         q = self.ops.rotate(q, batch.positions, self.inv_freq)
         weights = self.ops.linear(y, self.weights_proj, unrounded=True) * self.scale
-        return self.ops.index_topk(
+        note(f"{self.name}.index_q", q)
+        note(f"{self.name}.index_weights", weights)
+        listed: Tensor = self.ops.index_topk(
             q, weights, state.pages, batch, self.ratio, self.config.index_topk
         )
+        note(f"{self.name}.listed", listed)
+        return listed
 
 
 class Attention:
@@ -99,7 +105,9 @@ class Attention:
         self.kv_norm = p.tensor(Role.KV_NORM)
         self.wo_a, self.wo_b = p.weight(Role.WO_A), p.weight(Role.WO_B)
         self.compressor = Compressor(context, p, MAIN, ratio, inv_freq) if ratio else None
-        self.indexer = Indexer(context, p, ratio, inv_freq) if c.has_indexer(ratio) else None
+        self.indexer = (
+            Indexer(context, p, ratio, inv_freq, name) if c.has_indexer(ratio) else None
+        )
 
     def __call__(self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes) -> Tensor:
         """`y [T, D]` → `[T, D]`; reads and writes the layer's state."""
@@ -108,18 +116,21 @@ class Attention:
         q = ops.linear(qr, self.wq_b).unflatten(-1, (-1, c.head_dim))
         q = ops.query_norm_rope(q, batch.positions, self.inv_freq, eps)
         note(f"{self.name}.q", q)
-        kv = ops.linear(y, self.wkv)
         own = ops.norm_rope_rows(
-            kv, self.kv_norm, batch.positions, self.inv_freq, eps, state.ring.format
+            ops.linear(y, self.wkv),
+            self.kv_norm,
+            batch.positions,
+            self.inv_freq,
+            eps,
+            state.ring.format,
         )
-        note(f"{self.name}.kv", kv)
+        note(f"{self.name}.kv", own.data()[0])
         pages = listed = None
         if self.compressor and state.main:
-            note(f"{self.name}.compressed", self.compressor(y, batch, state.main))
+            note(f"{self.name}.compressed", self.compressor(y, batch, state.main).data()[0])
             pages = state.main.pages
         if self.indexer and state.indexer:
-            listed = self.indexer(y, qr, batch, state.indexer)
-            note(f"{self.name}.listed", listed)
+            listed = self.indexer(y, qr, batch, state.indexer, note)
         attended = ops.sparse_attention(
             q, self.sink, own, state.ring, pages, listed, batch, c.sliding_window, self.ratio
         )

@@ -1,9 +1,9 @@
 """What a safetensors header proves about how one weight is stored.
 
 Contract: `classify` names the scheme of a weight from dtypes and shapes alone (its own and those of
-the tensors beside it), or raises `QuantizationError` naming the tensor, the scheme it recognised and
-what is supported. It never guesses: FP8 without a scale, a plain weight with one, or groups of an
-unexpected size are refused. Torch-free; it reads no file and no config.
+the tensors beside it), or raises `QuantizationError` naming the tensor, the scheme it recognised
+and what is supported. It never guesses: FP8 without a scale, a plain weight with one, or groups of
+an unexpected size are refused. Torch-free; it reads no file and no config.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def gather(
 ) -> dict[str, tuple[StoredWeight, ...]]:
     """The stored weights of every quantisable parameter, by `ParamSpec.name`.
 
-    `headers` is keyed by the file's names. `native` gives the native names that a weight's file name
-    stands for (none if it is no weight): one of `ParamSpec.checkpoint_names`, or `ParamSpec.name`
-    for a stack of all routed experts.
+    `headers` is keyed by the file's names. `native` gives the native names that a weight's file
+    name stands for (none if it is no weight): one of `ParamSpec.checkpoint_names`, or
+    `ParamSpec.name` for a stack of all routed experts.
     """
     by_stem: dict[str, dict[str, TensorHeader]] = defaultdict(dict)
     for name, header in headers.items():
@@ -85,9 +85,7 @@ def gather(
     return result
 
 
-def _weights(
-    stem: str, leaves: Mapping[str, TensorHeader]
-) -> Iterator[tuple[str, StoredWeight]]:
+def _weights(stem: str, leaves: Mapping[str, TensorHeader]) -> Iterator[tuple[str, StoredWeight]]:
     """The tensors below one stem that may be weights, under the name a plain one would have."""
     for leaf in _WEIGHT_LEAVES:
         if leaf in leaves:
@@ -167,7 +165,8 @@ def _required_scale(stored: StoredWeight, what: str) -> TensorHeader:
     if scale is None:
         stem = stored.weight.name.removesuffix("weight")
         raise QuantizationError(
-            f"{stored.weight} is {what} without a scale ({stem}scale): its codes alone have no value"
+            f"{stored.weight} is {what} without a scale ({stem}scale), and its codes alone have no "
+            "value"
         )
     return scale
 

@@ -38,17 +38,14 @@ from fourfold.quant.rules import (
     Stage,
     StageOpinion,
     expert_dtype_scheme,
-    module_names,
 )
-
-_CONFIG_STAGES = (Stage.EXPERT_DTYPE, Stage.RULES, Stage.METHOD)
 
 
 @dataclass(frozen=True)
 class Decision:
     """How one parameter is stored: `scheme` is "plain", "fp8_block" or "mxfp4"; `scale_format` is
-    "e8m0", "f32" or None (plain). `stage` and `reason` say what decided; `stages` is every opinion in
-    the order of asking."""
+    "e8m0", "f32" or None (plain). `stage` and `reason` say what decided; `stages` is every opinion
+    in the order of asking."""
 
     scheme: str
     scale_format: str | None
@@ -64,8 +61,8 @@ class Resolution:
     decisions: Mapping[tuple[str, Role], Decision]
 
     def decision(self, prefix: str, role: Role) -> Decision:
-        """For the layer `prefix`, with or without its trailing dot. `KeyError` if the parameter does
-        not exist or is never quantised."""
+        """For the layer `prefix`, with or without its trailing dot. `KeyError` if the parameter
+        does not exist or is never quantised."""
         return self.decisions[_dotted(prefix), role]
 
     def of(self, spec: ParamSpec) -> Decision | None:
@@ -91,10 +88,9 @@ class Resolution:
             what = "routed experts"
         else:
             what = "linear layers (" + ", ".join(_short(role) for role in roles) + ")"
-        scheme = one.scheme + (f" with {one.scale_format} scales" if one.scale_format else "")
-        rest = "; ".join(
-            _verdict(opinion, one) for opinion in one.stages if opinion.stage is not one.stage
-        )
+        scheme = _stored_as(one)
+        others = (opinion for opinion in one.stages if opinion.stage is not one.stage)
+        rest = "; ".join(_verdict(opinion, one) for opinion in others if opinion.reason)
         where = f"in {layers} layer{'s' if layers > 1 else ''}"
         return f"{what}: {scheme} {where}, decided by {one.stage.value} ({one.reason}); {rest}"
 
@@ -109,10 +105,10 @@ def _dotted(prefix: str) -> str:
 
 def _verdict(opinion: StageOpinion, decided: Decision) -> str:
     if opinion.scheme is None:
-        return f"{opinion.stage.value}: silent, {opinion.reason}"
+        return opinion.reason
     if opinion.scheme == decided.scheme:
-        return f"{opinion.stage.value}: {opinion.reason} agrees"
-    return f"{opinion.stage.value}: {opinion.reason} says {opinion.scheme} and is overruled"
+        return f"{opinion.reason} agrees"
+    return f"{opinion.reason} ({opinion.scheme}) is overruled"
 
 
 def same_name(name: str) -> tuple[str, ...]:
@@ -134,39 +130,211 @@ def resolve(
     experts stacked); none for a tensor that is no weight. Raises `QuantizationError`.
     """
     expect_choice("--expert-dtype", expert_dtype, EXPERT_DTYPES)
-    resolver = _Resolver(config, headers, expert_dtype, native)
-    return Resolution(FrozenDict(resolver.decisions()))
+    specs = [s for s in parameters(config) if s.storage in (Storage.EXPERT, Storage.LINEAR)]
+    stored = gather(specs, headers or {}, native)
+    found = {spec.name: _find(spec, stored[spec.name]) for spec in specs}
+    _check_layers(specs, found)
+    says = ConfigOpinions(config)
+    silent = "there are no files" if headers is None else "the files do not hold it"
+    decided: dict[str, Decision] = {}
+    fp8_experts = False
+    for spec in sorted(specs, key=lambda spec: spec.storage is not Storage.EXPERT):
+        names = _module_names(spec, stored[spec.name], config) if says.has_rules else []
+        stages = (
+            _header_opinion(found[spec.name], silent),
+            _explicit_opinion(spec, expert_dtype),
+            *_config_opinions(spec, says, names),
+            _family_opinion(spec),
+        )
+        first = next(one.scheme for one in stages if one.scheme is not None)
+        fp8_experts |= spec.storage is Storage.EXPERT and first == FP8_BLOCK
+        decided[spec.name] = _decide(spec, stages, found[spec.name], says.scale_fmt, fp8_experts)
+    return Resolution(FrozenDict({(s.prefix, s.role): decided[s.name] for s in specs}))
 
 
-class _Resolver:
-    """One run of `resolve`: its inputs, gathered once."""
+def _find(spec: ParamSpec, stored: Iterable[StoredWeight]) -> tuple[Finding, ...]:
+    return tuple(classify(one, spec.shape[-1]) for one in stored)
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        headers: Mapping[str, TensorHeader] | None,
-        expert_dtype: str,
-        native: Callable[[str], Iterable[str]],
-    ) -> None:
-        self._config = config
-        self._specs = [
-            spec
-            for spec in parameters(config)
-            if spec.storage in (Storage.LINEAR, Storage.EXPERT)
-        ]
-        self._has_files = headers is not None
-        self._stored = gather(self._specs, headers or {}, native)
-        self._explicit = expert_dtype
-        self._config_says = ConfigOpinions(config)
 
-    def decisions(self) -> dict[tuple[str, Role], Decision]:
-        findings = {spec.name: self._find(spec) for spec in self._specs}
-        self._check_experts(findings)
-        result: dict[tuple[str, Role], Decision] = {}
-        experts_first = sorted(self._specs, key=lambda spec: spec.storage is not Storage.EXPERT)
-        for spec in experts_first:
-            found = findings[spec.name]
-            stages = tuple(self._opinions(spec, found[0] if found else None))
-            fp8_experts = any(one.scheme == FP8_BLOCK for key, one in result.items() if key[1] in EXPERT_ROLES)
-            result[spec.prefix, spec.role] = self._decide(spec, found, stages)
-        return {(spec.prefix, spec.role): result[spec.prefix, spec.role] for spec in self._specs}
+def _check_layers(specs: Iterable[ParamSpec], found: Mapping[str, tuple[Finding, ...]]) -> None:
+    """All routed experts of a layer are computed as one, so they must be stored alike."""
+    first: dict[str, Finding] = {}
+    for spec in specs:
+        if spec.storage is not Storage.EXPERT:
+            continue
+        for finding in found[spec.name]:
+            other = first.setdefault(spec.prefix, finding)
+            if (other.scheme, other.scale_format) != (finding.scheme, finding.scale_format):
+                raise QuantizationError(
+                    f"the routed experts of {spec.prefix.rstrip('.')} are stored in two formats: "
+                    f"{other.reason} ({_stored_as(other)}), but {finding.reason} "
+                    f"({_stored_as(finding)}); one layer's experts must share one"
+                )
+
+
+def _stored_as(finding: Finding | Decision) -> str:
+    scales = f" with {finding.scale_format} scales" if finding.scale_format else ""
+    return finding.scheme + scales
+
+
+def _module_names(
+    spec: ParamSpec, stored: tuple[StoredWeight, ...], config: ModelConfig
+) -> list[tuple[str, ...]]:
+    """The names that a per-layer rule may know each matrix of `spec` by, one tuple for each expert.
+
+    The file's own and the native one, with and without `model.`; for the MTP layer also the number
+    that follows the main layers'; for an expert also the module that holds all of its layer's.
+    """
+    native = spec.checkpoint_names
+    files = [one.weight.name for one in stored]
+    if len(files) != len(native):
+        files = files * len(native) if len(files) == 1 else list(native)
+    return [
+        _aliases((one, file), spec.storage is Storage.EXPERT, config.num_hidden_layers)
+        for one, file in zip(native, files, strict=True)
+    ]
+
+
+def _aliases(names: Iterable[str], expert: bool, layers: int) -> tuple[str, ...]:
+    modules: list[str] = []
+    for name in names:
+        module = name.rpartition(".")[0].removeprefix("model.")
+        spellings = [module]
+        if expert and module.split(".")[-2].isdecimal():
+            spellings.append(module.rsplit(".", 2)[0])
+        for spelling in tuple(spellings):
+            if spelling.startswith("mtp."):
+                _, stage, rest = spelling.split(".", 2)
+                spellings.append(f"layers.{layers + int(stage)}.{rest}")
+        modules += spellings
+        modules += [f"model.{spelling}" for spelling in spellings]
+    return tuple(dict.fromkeys(modules))
+
+
+def _header_opinion(found: tuple[Finding, ...], silent: str) -> StageOpinion:
+    if not found:
+        return StageOpinion(Stage.HEADER, None, silent)
+    return StageOpinion(Stage.HEADER, found[0].scheme, found[0].reason)
+
+
+def _explicit_opinion(spec: ParamSpec, expert_dtype: str) -> StageOpinion:
+    if spec.storage is not Storage.EXPERT:
+        return StageOpinion(Stage.EXPLICIT, None, "")
+    scheme = None if expert_dtype == "auto" else expert_dtype_scheme(expert_dtype)
+    return StageOpinion(Stage.EXPLICIT, scheme, f"--expert-dtype {expert_dtype}")
+
+
+def _config_opinions(
+    spec: ParamSpec, says: ConfigOpinions, names: list[tuple[str, ...]]
+) -> Iterator[StageOpinion]:
+    expert = spec.storage is Storage.EXPERT
+    if expert:
+        yield from says.expert_dtype()
+    else:
+        yield StageOpinion(Stage.EXPERT_DTYPE, None, "")
+    yield _rule_opinion(spec, says, names)
+    yield says.method(expert)
+
+
+def _rule_opinion(
+    spec: ParamSpec, says: ConfigOpinions, names: list[tuple[str, ...]]
+) -> StageOpinion:
+    """One opinion for all experts of a layer; rules that tell them apart are refused."""
+    first: StageOpinion | None = None
+    for modules in names or [()]:
+        opinion = says.rule(modules, spec.storage is Storage.EXPERT)
+        if first is not None and opinion.scheme != first.scheme:
+            raise QuantizationError(
+                f"{spec.name}: {first.reason} gives {first.scheme} to some of its experts and "
+                f"{opinion.reason} gives {opinion.scheme} to others; one layer's experts must "
+                "share one scheme"
+            )
+        first = first or opinion
+    assert first is not None
+    return first
+
+
+def _family_opinion(spec: ParamSpec) -> StageOpinion:
+    scheme = MXFP4 if spec.storage is Storage.EXPERT else FP8_BLOCK
+    return StageOpinion(Stage.FAMILY, scheme, "DeepSeek-V4 as released")
+
+
+def _decide(
+    spec: ParamSpec,
+    stages: tuple[StageOpinion, ...],
+    found: tuple[Finding, ...],
+    scale_fmt: object,
+    fp8_experts: bool,
+) -> Decision:
+    if found:
+        _check_contradictions(spec, stages, found[0])
+        return Decision(
+            found[0].scheme, found[0].scale_format, Stage.HEADER, found[0].reason, stages
+        )
+    first = next(opinion for opinion in stages if opinion.scheme is not None)
+    _check_planned(spec, stages, first)
+    assert first.scheme is not None
+    scale_format = _planned_scale(first.scheme, scale_fmt, fp8_experts)
+    return Decision(first.scheme, scale_format, first.stage, first.reason, stages)
+
+
+def _check_contradictions(
+    spec: ParamSpec, stages: tuple[StageOpinion, ...], found: Finding
+) -> None:
+    """With files: an override must fit the bytes, and a field may not say otherwise unconfirmed."""
+    explicit = next(opinion for opinion in stages if opinion.stage is Stage.EXPLICIT)
+    words = {MXFP4: "fp4", FP8_BLOCK: "fp8", PLAIN: "bf16"}
+    if explicit.scheme not in (None, found.scheme):
+        raise QuantizationError(
+            f"{explicit.reason} asks for {explicit.scheme}, but {found.reason} ({found.scheme}): "
+            f"the bytes cannot be read so; use --expert-dtype auto or {words[found.scheme]}"
+        )
+    for opinion in stages:
+        if opinion.scheme in (None, found.scheme) or not _binds(opinion, found):
+            continue
+        if explicit.scheme == found.scheme:
+            continue
+        text = f"{opinion.reason} says {opinion.scheme}, but {found.reason} ({found.scheme}); "
+        if spec.storage is Storage.EXPERT:
+            text += f"if the file is right, confirm it with --expert-dtype {words[found.scheme]}"
+        else:
+            text += "correct the field"
+        raise QuantizationError(text)
+
+
+def _binds(opinion: StageOpinion, found: Finding) -> bool:
+    """Whether a header that says otherwise contradicts `opinion`. What a config says of all linear
+    layers at once has exceptions (plain `wo_a`, plain MTP projections), so that of those only a
+    scheme without an implementation binds."""
+    if opinion.binding or opinion.stage is Stage.FAMILY:
+        return opinion.binding
+    return opinion.scheme not in SCHEMES and found.scheme != PLAIN
+
+
+def _check_planned(spec: ParamSpec, stages: tuple[StageOpinion, ...], first: StageOpinion) -> None:
+    """Without files: fields may not contradict each other, nor name what is not implemented."""
+    if first.stage is Stage.EXPLICIT:
+        return
+    for opinion in stages:
+        same_stage = opinion.stage is first.stage and opinion.scheme != first.scheme
+        if same_stage and opinion.scheme is not None:
+            raise QuantizationError(
+                f"{first.reason} says {first.scheme}, but {opinion.reason} says {opinion.scheme}; "
+                "correct one of them or decide with --expert-dtype"
+            )
+        asked = opinion is first or first.stage is Stage.EXPERT_DTYPE
+        if asked and opinion.scheme not in (None, *SCHEMES):
+            raise QuantizationError(
+                f"{opinion.reason}: {spec.name} would be stored as {opinion.scheme}, which is not "
+                f"supported; {SUPPORTED}"
+            )
+
+
+def _planned_scale(scheme: str, scale_fmt: object, fp8_experts: bool) -> str | None:
+    """Without files, the scale format of the released checkpoint that this config resembles: the
+    FP8 ones hold float32 scales, although their config says `ue8m0` as well."""
+    if scheme == PLAIN:
+        return None
+    if scheme == MXFP4:
+        return E8M0
+    return E8M0 if scale_fmt == "ue8m0" and not fp8_experts else F32

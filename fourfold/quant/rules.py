@@ -1,16 +1,16 @@
 """What a config's fields say about how weights are stored, one opinion a stage.
 
-Contract: reads `expert_dtype` and `quantization_config` in the dialects found in the wild (DeepSeek's
-fp8, AMD Quark, compressed-tensors, NVIDIA ModelOpt, transformers' fp8 lists) and says a scheme's
-name, or nothing. Patterns are matched as their own format defines: Quark and ModelOpt by shell globs
-on the whole module name, compressed-tensors by equality, `re:` regular expressions or class names.
-Torch-free. It knows no header and takes no decision (quant/resolve.py).
+Contract: reads `expert_dtype` and `quantization_config` in the dialects found in the wild
+(DeepSeek's fp8, AMD Quark, compressed-tensors, NVIDIA ModelOpt, transformers' fp8 lists) and says a
+scheme's name, or nothing. Patterns are matched as their own format defines: Quark and ModelOpt by
+shell globs on the whole module name, compressed-tensors by equality, `re:` regular expressions or
+class names. Torch-free. It knows no header and takes no decision (quant/resolve.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -22,6 +22,8 @@ from fourfold.quant.headers import FP8_BLOCK, FP8_BLOCK_SIZE, MXFP4, MXFP4_GROUP
 
 FIELD = "quantization_config"
 NVFP4 = "NVFP4"
+LINEAR_CLASS = "Linear"
+"""The class that rules by class name mean: every quantisable weight belongs to a linear layer."""
 
 
 class Stage(Enum):
@@ -38,8 +40,9 @@ class Stage(Enum):
 @dataclass(frozen=True, slots=True)
 class StageOpinion:
     """What one stage says of one parameter. `scheme` None: it is silent; otherwise a supported
-    scheme, or the name of one that is not. `reason` names the field and its value, or the tensor and
-    its file. `binding`: a header that says otherwise contradicts it."""
+    scheme, or the name of one that is not. `reason` names the field and its value, or the tensor
+    and its file, and is empty where the stage is about other parameters. `binding`: a header that
+    says otherwise contradicts it."""
 
     stage: Stage
     scheme: str | None
@@ -69,26 +72,33 @@ Matcher = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class _Rule:
-    """`scheme` for every module that `matches`; `source` is the field and the pattern."""
+    """`scheme` for the module called `name`, for every one that `matches`, or with neither for all;
+    `source` is the field and the pattern."""
 
     source: str
-    matches: Matcher
     scheme: str
+    name: str | None = None
+    matches: Matcher | None = None
+
+    @property
+    def is_general(self) -> bool:
+        return self.name is None and self.matches is None
 
 
 class ConfigOpinions:
-    """The stages that a `ModelConfig` speaks in. Raises `ConfigError` where a field is malformed."""
+    """The stages a `ModelConfig` speaks in. Raises `ConfigError` where a field is malformed."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._quantization = config.quantization_config
-        self._rules = tuple(_rules(self._quantization or {}))
+        rules = list(enumerate(_rules(self._quantization or {})))
+        self.has_rules = bool(rules)
+        self._patterns = [(order, rule) for order, rule in rules if rule.name is None]
+        self._exact: dict[str, tuple[int, _Rule]] = {}
+        for order, rule in rules:
+            if rule.name is not None:
+                self._exact.setdefault(rule.name, (order, rule))
         self._expert_dtype = self._read_expert_dtype()
-
-    @property
-    def has_rules(self) -> bool:
-        """Whether there is any per-layer rule to match names with."""
-        return bool(self._rules)
 
     @property
     def scale_fmt(self) -> object:
@@ -110,7 +120,10 @@ class ConfigOpinions:
         for field, value in given:
             expect(isinstance(value, str), field, "a string", value)
         if given and given[0][0].endswith("moe_quant_algo"):
-            given = given[:1]  # the more exact word: NVFP4 files say expert_dtype fp4 as well
+            # The more exact word: files with NVFP4 experts say expert_dtype fp4 as well.
+            field, algo = given[0]
+            scheme = _MODELOPT.get(algo, algo)
+            return (StageOpinion(Stage.EXPERT_DTYPE, scheme, f"{field} {algo!r}", True),)
         if not given:
             return (StageOpinion(Stage.EXPERT_DTYPE, None, "expert_dtype is not given"),)
         return tuple(
@@ -118,14 +131,26 @@ class ConfigOpinions:
             for field, value in given
         )
 
-    def rule(self, modules: Sequence[str]) -> StageOpinion:
-        """What the first rule that matches any of a module's names says."""
-        for rule in self._rules:
-            if any(rule.matches(module) for module in modules):
-                return StageOpinion(Stage.RULES, rule.scheme, rule.source, True)
-        return StageOpinion(
-            Stage.RULES, None, "no rule matches" if self._rules else "there are no per-layer rules"
-        )
+    def rule(self, modules: Sequence[str], expert: bool) -> StageOpinion:
+        """What the first rule that matches any of a module's names says.
+
+        A rule that leaves a linear layer alone does not bind, as it may have been quantised before,
+        nor does one about all linear layers, as those have exceptions.
+        """
+        hits = [self._exact[module] for module in modules if module in self._exact]
+        best = min(hits, key=lambda hit: hit[0], default=None)
+        for order, rule in self._patterns:
+            if best is not None and order > best[0]:
+                break
+            if rule.matches is None or any(map(rule.matches, modules)):
+                best = (order, rule)
+                break
+        if best is not None:
+            rule = best[1]
+            binding = expert or not (rule.is_general or rule.scheme == PLAIN)
+            return StageOpinion(Stage.RULES, rule.scheme, rule.source, binding)
+        silent = "no per-layer rule is for it" if self.has_rules else "there are no per-layer rules"
+        return StageOpinion(Stage.RULES, None, silent)
 
     def method(self, expert: bool) -> StageOpinion:
         """What the config says of all weights at once."""
@@ -150,8 +175,9 @@ class ConfigOpinions:
         if method == "mxfp4":
             return (MXFP4 if expert else None), reason
         if method == "quark":
-            spec = _get(_get(q, "global_quant_config", FIELD), "weight", f"{FIELD}.global_quant_config")
-            return _quark_scheme(spec), f"{reason}, global_quant_config"
+            everything = _get(q, "global_quant_config", FIELD)
+            weight = _get(everything, "weight", f"{FIELD}.global_quant_config")
+            return _quark_scheme(weight), f"{reason}, global_quant_config"
         if method == "compressed-tensors":
             return (None if expert else PLAIN), f"{reason}, no group for it"
         if method is None:
@@ -171,17 +197,19 @@ _MODELOPT: Mapping[str, str | None] = {
 def _fp8_method(q: Mapping[str, Any], expert: bool) -> tuple[str | None, str]:
     """DeepSeek's own: it describes the linear layers. The routed experts of the FP4 and of the FP8
     releases come with the same fields, so it says nothing about them."""
-    fmt, block = q.get("fmt", "e4m3"), q.get("weight_block_size")
+    fmt, block = q.get("fmt") or "e4m3", q.get("weight_block_size")
+    field = f"{FIELD}.weight_block_size"
+    expect(block is None or isinstance(block, tuple), field, "a list of two integers", block)
     if fmt == "e2m1":
         return (MXFP4 if expert else None), f"{FIELD}.fmt 'e2m1'"
     reason = f"{FIELD}.quant_method 'fp8', fmt {fmt!r}"
     if expert:
         return None, f"{reason} leaves the routed experts open"
-    if fmt not in ("e4m3", None):
+    if fmt != "e4m3":
         return f"FP8 in format {fmt!r}", f"{FIELD}.fmt {fmt!r}"
-    if block is not None and tuple(block) != (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE):
+    if block is not None and block != (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE):
         shape = "×".join(map(str, block))
-        return f"FP8 in blocks of {shape}", f"{FIELD}.weight_block_size {list(block)}"
+        return f"FP8 in blocks of {shape}", f"{field} {list(block)}"
     if q.get("activation_scheme") == "static":
         return "FP8 with static activation scales", f"{FIELD}.activation_scheme 'static'"
     return FP8_BLOCK, reason
@@ -203,28 +231,29 @@ def _names(parent: Mapping[str, Any], key: str, field: str) -> tuple[str, ...]:
 
 
 def _rules(q: Mapping[str, Any]) -> Iterator[_Rule]:
-    """All per-layer rules, those that come first decide."""
+    """All per-layer rules; those that come first decide."""
     for key in ("exclude", "exclude_modules"):
         for pattern in _names(q, key, FIELD):
-            yield _Rule(f"{FIELD}.{key} {pattern!r}", _glob(pattern), PLAIN)
+            yield _glob(f"{FIELD}.{key} {pattern!r}", PLAIN, pattern)
     for pattern in _names(q, "ignore", FIELD):
-        yield _Rule(f"{FIELD}.ignore {pattern!r}", _ignored(pattern), PLAIN)
+        # compressed-tensors has names, `re:` and classes here; ModelOpt has globs.
+        match = _glob if "*" in pattern and not pattern.startswith("re:") else _target
+        yield match(f"{FIELD}.ignore {pattern!r}", PLAIN, pattern)
     for key in ("modules_to_not_convert", "ignored_layers"):
         for pattern in _names(q, key, FIELD):
-            yield _Rule(f"{FIELD}.{key} {pattern!r}", _not_converted(pattern), PLAIN)
+            yield _not_converted(f"{FIELD}.{key} {pattern!r}", pattern)
     yield from _quark_rules(q)
     yield from _modelopt_rules(q)
     yield from _group_rules(q)
 
 
 def _quark_rules(q: Mapping[str, Any]) -> Iterator[_Rule]:
-    for key in ("layer_quant_config", "layer_type_quant_config"):
+    for key, match in (("layer_quant_config", _glob), ("layer_type_quant_config", _target)):
         field = f"{FIELD}.{key}"
         for pattern, scheme in _get(q, key, FIELD).items():
             expect(isinstance(scheme, Mapping), f"{field}.{pattern}", "an object", scheme)
-            name = _quark_scheme(_get(scheme, "weight", f"{field}.{pattern}"))
-            by_type = key == "layer_type_quant_config"
-            yield _Rule(f"{field} {pattern!r}", _type(pattern) if by_type else _glob(pattern), name)
+            weight = _get(scheme, "weight", f"{field}.{pattern}")
+            yield match(f"{field} {pattern!r}", _quark_scheme(weight), pattern)
 
 
 def _quark_scheme(weight: Mapping[str, Any]) -> str:
@@ -250,8 +279,8 @@ def _modelopt_rules(q: Mapping[str, Any]) -> Iterator[_Rule]:
     for module, layer in _get(q, "quantized_layers", FIELD).items():
         expect(isinstance(layer, Mapping), f"{field}.{module}", "an object", layer)
         algo = layer.get("quant_algo")
-        scheme = _MODELOPT.get(str(algo), str(algo)) or f"quant_algo {algo}"
-        yield _Rule(f"{field} {module!r}", _equal(module), scheme)
+        scheme = _MODELOPT.get(str(algo)) or str(algo)
+        yield _Rule(f"{field} {module!r}", scheme, name=module.rstrip("."))
 
 
 def _group_rules(q: Mapping[str, Any]) -> Iterator[_Rule]:
@@ -262,10 +291,12 @@ def _group_rules(q: Mapping[str, Any]) -> Iterator[_Rule]:
         expect(isinstance(group, Mapping), field, "an object", group)
         scheme = _group_scheme(_get(group, "weights", field))
         for target in _names(group, "targets", field):
-            rule = _Rule(f"{field} target {target!r}", _target(target), scheme)
-            order = 1 if target.startswith("re:") else 2 if target == "Linear" else 0
-            rules.append((order, rule))
+            order = 1 if target.startswith("re:") else 2 if target == LINEAR_CLASS else 0
+            rules.append((order, _target(f"{field} target {target!r}", scheme, target)))
     yield from (rule for _, rule in sorted(rules, key=lambda pair: pair[0]))
+
+
+_BLOCK_STRUCTURES = ((FP8_BLOCK_SIZE, FP8_BLOCK_SIZE), f"{FP8_BLOCK_SIZE}x{FP8_BLOCK_SIZE}")
 
 
 def _group_scheme(weights: Mapping[str, Any]) -> str:
@@ -276,58 +307,40 @@ def _group_scheme(weights: Mapping[str, Any]) -> str:
     if bits == 4 and kind == "float":
         return _fp4_scheme(size)
     if bits == 8 and kind == "float" and strategy == "block":
-        whole = block is not None and tuple(block) == (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE)
-        return FP8_BLOCK if whole else f"FP8 in blocks of {block}"
+        return FP8_BLOCK if block in _BLOCK_STRUCTURES else f"FP8 in blocks of {block}"
     if bits == 8 and kind == "float":
         return f"FP8 per {strategy or 'tensor'}"
     return f"{kind or 'int'}{bits} weights" + (f" in groups of {size}" if size else "")
 
 
-def _equal(pattern: str) -> Matcher:
-    wanted = pattern.rstrip(".")
-    return lambda module: module == wanted
-
-
-def _glob(pattern: str) -> Matcher:
-    """Shell pattern on the whole name. `a.experts` and `a.experts.` are the same module."""
+def _glob(source: str, scheme: str, pattern: str) -> _Rule:
+    """A shell pattern on the whole name. `a.experts` and `a.experts.` are the same module."""
     if pattern.startswith("re:"):
-        return _regex(pattern)
+        return _Rule(source, scheme, matches=_regex(pattern.removeprefix("re:"), source))
     wanted = pattern.rstrip(".")
-    return lambda module: fnmatchcase(module, wanted)
+    if not set("*?[") & set(wanted):
+        return _Rule(source, scheme, name=wanted)
+    return _Rule(source, scheme, matches=lambda module: fnmatchcase(module, wanted))
 
 
-def _regex(pattern: str) -> Matcher:
-    try:
-        compiled = re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        raise QuantizationError(
-            f"{FIELD}: {pattern!r} is no regular expression: {error}"
-        ) from None
-    return lambda module: compiled.match(module) is not None
-
-
-def _type(name: str) -> Matcher:
-    """A class name: every quantisable weight here belongs to a linear layer."""
-    return lambda module: name == "Linear"
-
-
-def _target(pattern: str) -> Matcher:
+def _target(source: str, scheme: str, pattern: str) -> _Rule:
+    """compressed-tensors: a `re:` pattern from the start of the name, a class, or a whole name."""
     if pattern.startswith("re:"):
-        return _regex(pattern)
-    return _type(pattern) if pattern == "Linear" else _equal(pattern)
+        return _Rule(source, scheme, matches=_regex(pattern.removeprefix("re:"), source))
+    if pattern == LINEAR_CLASS:
+        return _Rule(source, scheme)
+    return _Rule(source, scheme, name=pattern.rstrip("."))
 
 
-def _ignored(pattern: str) -> Matcher:
-    """compressed-tensors has names, `re:` and classes here; ModelOpt globs. No name holds a `*`."""
-    return _target(pattern) if pattern.startswith("re:") or "*" not in pattern else _glob(pattern)
-
-
-def _not_converted(pattern: str) -> Matcher:
+def _not_converted(source: str, pattern: str) -> _Rule:
     """transformers' fp8: a regular expression from the start to a module boundary, or a suffix."""
-    matches = _regex(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
-    return lambda module: matches(module) or module.endswith(pattern)
+    matches = _regex(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", source)
+    return _Rule(source, PLAIN, matches=lambda name: matches(name) or name.endswith(pattern))
 
 
-def module_names(weight_names: Iterable[str]) -> tuple[str, ...]:
-    """Module names of weights: without the last part, each once."""
-    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in weight_names))
+def _regex(pattern: str, source: str) -> Matcher:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise QuantizationError(f"{source} is no regular expression: {error}") from None
+    return lambda module: compiled.match(module) is not None

@@ -2,8 +2,8 @@
 
 Contract: reads `tokenizer.json` (byte-level BPE) and nothing else. Nothing is inserted: the prompt
 carries its own begin-of-sentence marker. Special tokens are found by spelling, never by number.
-Plain text that happens to spell a marker stays plain text unless the caller allows specials. It does
-not know chat formats, models or the size of the embedding; ids may have gaps.
+Plain text that happens to spell a marker stays plain text unless the caller allows specials. It
+does not know chat formats, models or the size of the embedding; ids may have gaps.
 """
 
 from __future__ import annotations

@@ -1,30 +1,25 @@
 """Join a checkpoint's headers with a model's inventory: what is missing, unexpected or mismatched.
 
-Contract: `match` gives every header its one place (or the reason it is left out) and collects all
-that is wrong; nothing is raised before the whole checkpoint has been looked at. `CoverageError` lists
-every finding, with numbered tensors folded (`layers.{0-42}.attn.wq_a.scale`). It works on headers
-alone; what a quantised weight's codes and scales must look like is weights/loader.py's to ask.
+Contract: `Matching` gives every header its one place (or the reason it is left out) and collects
+all that is wrong; nothing is raised before the whole checkpoint has been looked at. `CoverageError`
+lists every finding, with numbered tensors folded (`layers.{0-42}.attn.wq_a.scale`). It works on
+headers alone; what a quantised weight's codes and scales must look like is weights/loader.py's to
+ask.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fourfold.core.checkpoint import TensorHeader
 from fourfold.core.config import ModelConfig
 from fourfold.core.errors import CheckpointError, listing
-from fourfold.core.parameters import (
-    EXPERT_ROLES,
-    ParamSpec,
-    Storage,
-    parameters,
-    scale_name,
-)
+from fourfold.core.parameters import EXPERT_ROLES, ParamSpec, Storage, parameters
 from fourfold.weights.header import printable
-from fourfold.weights.names import LeftOut, NameTable, Part, Place, native_name, parse
+from fourfold.weights.names import LeftOut, NameTable, Part, Place, expert_name
 
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 INTEGER_DTYPES = ("I64", "I32")
@@ -43,9 +38,7 @@ class Mismatch:
 
     def __str__(self) -> str:
         header = self.header
-        return (
-            f"{printable(header.name)} {self.reason} ({header.file}, byte {header.offset_begin})"
-        )
+        return f"{printable(header.name)} {self.reason} ({header.file}, byte {header.offset_begin})"
 
 
 class CoverageError(CheckpointError):
@@ -134,54 +127,166 @@ def _fold_mismatches(mismatches: Iterable[Mismatch]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """A parameter's share of a stack of all experts: part `half` of `halves` equal parts of each
-    expert's rows."""
+class Source:
+    """Bytes `begin` to `end` of the file of `header`: a whole tensor, or one expert's matrix in a
+    stack of all experts."""
 
     header: TensorHeader
-    half: int
-    halves: int
+    begin: int
+    end: int
 
 
 @dataclass
+class Stored:
+    """The tensors found for one parameter, one for each of its experts or one in all.
+
+    `fused` counts how many parameters share each tensor of a stack (0: not stacked), `half` is this
+    parameter's place among them.
+    """
+
+    spec: ParamSpec
+    weights: dict[int | None, TensorHeader] = field(default_factory=dict)
+    scales: dict[int | None, TensorHeader] = field(default_factory=dict)
+    fused: int = 0
+    half: int = 0
+
+    @property
+    def experts(self) -> tuple[int | None, ...]:
+        """The keys that `weights` must have: expert numbers, or None for a single tensor."""
+        if self.fused or self.spec.role not in EXPERT_ROLES:
+            return (None,)
+        return tuple(range(self.spec.shape[0]))
+
+    def name(self, expert: int | None) -> str:
+        """The native name of one of the tensors."""
+        return self.spec.name if expert is None else expert_name(self.spec.name, expert)
+
+    def header_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape a header must have whose parameter takes `shape` (of one expert, of codes or
+        scales) from it."""
+        if not self.fused:
+            return shape
+        return (self.spec.shape[0], self.fused * shape[0], *shape[1:])
+
+    def sources(self, part: Mapping[int | None, TensorHeader]) -> tuple[Source, ...]:
+        """Where the bytes of `weights` or `scales` stand, in the order of the experts."""
+        if not self.fused:
+            headers = [part[expert] for expert in self.experts]
+            return tuple(Source(h, h.offset_begin, h.offset_end) for h in headers)
+        header, count = part[None], self.spec.shape[0]
+        step = header.nbytes // (count * self.fused)
+        starts = (header.offset_begin + (k * self.fused + self.half) * step for k in range(count))
+        return tuple(Source(header, start, start + step) for start in starts)
+
+
 class Matching:
-    """Every header in its place. Keys are (parameter name, expert or None)."""
+    """Every header of a checkpoint in its place, and what is wrong with names, pairs, plain dtypes
+    and plain shapes."""
 
-    specs: tuple[ParamSpec, ...]
-    weights: dict[tuple[str, int | None], TensorHeader] = field(default_factory=dict)
-    scales: dict[tuple[str, int | None], TensorHeader] = field(default_factory=dict)
-    fused: dict[str, Fused] = field(default_factory=dict)
-    left_out: list[tuple[TensorHeader, LeftOut]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[TensorHeader] = field(default_factory=list)
-    mismatched: list[Mismatch] = field(default_factory=list)
+    def __init__(self, directory: Path, headers: Mapping[str, TensorHeader], config: ModelConfig):
+        self.directory = directory
+        self.names = NameTable(config)
+        self.stored = {spec.name: Stored(spec) for spec in parameters(config)}
+        self.left_out: list[tuple[TensorHeader, LeftOut]] = []
+        self.unexpected: list[str] = []
+        self.mismatched: dict[Mismatch, None] = {}  # a set in order: w1 and w3 may share a tensor
+        for header in headers.values():
+            self._place(header)
+        self.missing = [
+            stored.name(expert)
+            for stored in self.stored.values()
+            for expert in stored.experts
+            if expert not in stored.weights
+        ]
+        for stored in self.stored.values():
+            self._check(stored)
+        self._check_copies()
 
-    def experts(self, spec: ParamSpec) -> tuple[int | None, ...]:
-        """The second half of the keys of one parameter."""
-        return tuple(range(spec.shape[0])) if spec.role in EXPERT_ROLES else (None,)
+    @property
+    def is_complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.mismatched)
 
-    def native_headers(self) -> dict[str, TensorHeader]:
-        """Headers by native name, as the quantisation schemes are resolved from; tensors of an unknown
-        kind included, fused stacks under each parameter's own name with its own shape."""
-        fused_names = {share.header.name for share in self.fused.values()}
-        left_out = {header.name for header, _ in self.left_out}
-        result = {
-            native_name(header.name): header
-            for header in (*self.weights.values(), *self.scales.values(), *self.unexpected)
-            if header.name not in fused_names | left_out
-        }
-        for spec in self.specs:
-            if spec.name in self.fused:
-                result[spec.name] = replace(self.fused[spec.name].header, shape=spec.shape)
-        return result
+    def has_foreign_kinds(self) -> bool:
+        """Whether a tensor of an unknown kind stands beside a known weight."""
+        return any(map(self.names.stands_beside_known, self.unexpected))
 
-    def has_foreign_leaves(self) -> bool:
-        """Whether an unexpected tensor stands beside a known weight: the mark of another scheme."""
-        return any(
-            parse(header.name) is None and native_name(header.name).rpartition(".")[0] in stems
-            for stems in [{spec_stem(self, key) for key in self._all_keys()}]
-            for header in self.unexpected
-        )
+    def error(self) -> CoverageError:
+        """All findings as one error."""
+        return CoverageError(self.directory, self.missing, self.unexpected, self.mismatched)
 
-    def _all_keys(self) -> list[tuple[ParamSpec, int | None]]:
-        return [(spec, expert) for spec in self.specs for expert in self.experts(spec)]
+    def wrong(self, header: TensorHeader, reason: str) -> None:
+        """Note that `header` does not fit; `reason` completes "NAME …"."""
+        self.mismatched[Mismatch(header, reason)] = None
+
+    def _place(self, header: TensorHeader) -> None:
+        place = self.names.find(header.name)
+        if isinstance(place, LeftOut):
+            self.left_out.append((header, place))
+            return
+        if place is None:
+            self.unexpected.append(header.name)
+            return
+        if place.part is Part.SCALE and place.specs[0].storage not in _QUANTISABLE:
+            self.unexpected.append(header.name)
+            return
+        for half, spec in enumerate(place.specs):
+            self._assign(self.stored[spec.name], place, half, header)
+
+    def _assign(self, stored: Stored, place: Place, half: int, header: TensorHeader) -> None:
+        part = stored.weights if place.part is Part.WEIGHT else stored.scales
+        twin = part.get(place.expert)
+        if twin is None and stored.spec.role in EXPERT_ROLES:
+            # One tensor cannot be a stack and a single expert's at once.
+            others = [h for key, h in part.items() if (key is None) != place.fused]
+            twin = others[0] if others else None
+        if twin is not None:
+            self.wrong(header, f"is the same parameter as {printable(twin.name)} ({twin.file})")
+            return
+        part[place.expert] = header
+        if place.fused:
+            stored.fused, stored.half = len(place.specs), half
+
+    def _check(self, stored: Stored) -> None:
+        for expert, header in stored.scales.items():
+            if expert not in stored.weights:
+                self.wrong(header, "is a scale without a weight")
+        for expert, header in stored.weights.items():
+            self._check_weight(stored, header, stored.scales.get(expert))
+        dtypes = Counter(header.dtype for header in stored.weights.values())
+        if len(dtypes) > 1:
+            usual = dtypes.most_common(1)[0][0]
+            for header in stored.weights.values():
+                if header.dtype != usual:
+                    self.wrong(header, f"is {header.dtype}, the layer's other experts are {usual}")
+
+    def _check_weight(
+        self, stored: Stored, header: TensorHeader, scale: TensorHeader | None
+    ) -> None:
+        storage = stored.spec.storage
+        quantised = storage in _QUANTISABLE and header.dtype in FP8_DTYPES + FP4_DTYPES
+        allowed = INTEGER_DTYPES if storage is Storage.INTEGER else PLAIN_DTYPES
+        if storage not in _QUANTISABLE and header.dtype not in allowed:
+            self.wrong(header, f"is {header.dtype}, expected {' or '.join(allowed)}")
+        elif header.dtype in allowed or header.dtype in FP8_DTYPES:
+            self._expect_shape(header, stored.header_shape(stored.spec.checkpoint_shape))
+        if quantised and scale is None:
+            self.wrong(header, f"is {header.dtype} without a scale")
+        if header.dtype in allowed and scale is not None:
+            self.wrong(scale, f"is a scale, but its weight is plain {header.dtype}")
+
+    def _expect_shape(self, header: TensorHeader, expected: tuple[int, ...]) -> None:
+        if header.shape != expected:
+            self.wrong(header, f"has shape {list(header.shape)}, expected {list(expected)}")
+
+    def _check_copies(self) -> None:
+        """What is left out as a copy must at least look like one."""
+        for header, left_out in self.left_out:
+            if left_out.twin is None:
+                continue
+            twin = self.stored[left_out.twin.name].weights.get(None)
+            if twin is not None and (header.dtype, header.shape) != (twin.dtype, twin.shape):
+                self.wrong(
+                    header,
+                    f"is {header.dtype} {list(header.shape)}, expected a copy of {twin.name}, "
+                    f"which is {twin.dtype} {list(twin.shape)}",
+                )

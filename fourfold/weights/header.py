@@ -1,9 +1,9 @@
 """Read and check the header of one safetensors file, before any of its data.
 
 Contract: `read_header(path)` returns every tensor of the file with absolute byte offsets, or raises
-`CheckpointError` naming the file, the byte and what is wrong there. What it returns is safe to read:
-each tensor lies inside the file, has as many bytes as its shape and dtype need, and shares none with
-another. It does not know what the tensors are for. Nothing in a file is ever executed.
+`CheckpointError` naming the file, the byte and what is wrong there. What it returns is safe to
+read: each tensor lies inside the file, has as many bytes as its shape and dtype need, and shares
+none with another. It does not know what the tensors are for. Nothing in a file is ever executed.
 
     0        8                8 + n                                       end of file
     | n: u64 | JSON, n bytes  | tensors, back to back, no gaps             |
@@ -202,11 +202,11 @@ class _Header:
             position, before = header.offset_end, what
         if position > size:
             raise CheckpointError(
-                f"{self.name}, byte {size}: truncated; its tensors end at byte {position}, the file "
-                f"has {size} bytes ({position - size} missing)"
+                f"{self.name}, byte {size}: truncated; its tensors end at byte {position}, the "
+                f"file has {size} bytes ({position - size} missing)"
             )
         if position < size:
             raise CheckpointError(
-                f"{self.name}, byte {position}: {size - position} bytes after the last tensor belong "
-                "to none"
+                f"{self.name}, byte {position}: {size - position} bytes after the last tensor "
+                "belong to none"
             )

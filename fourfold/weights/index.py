@@ -1,11 +1,11 @@
 """Read and check every header of a checkpoint directory, before any tensor data.
 
-Contract: `read_index(directory)` finds the safetensors files (through `model.safetensors.index.json`,
-or all of them where there is none), checks each header and that files and index agree, and returns
-the union of the headers. Anything missing, extra, duplicate, stale or corrupt raises
-`CheckpointError` with the file and the byte. It does not know which tensors a model needs
-(weights/loader.py). File names in an index stay inside the directory; symbolic links are followed,
-as the Hugging Face cache is made of them. Pickled files are never opened.
+Contract: `read_index(directory)` finds the safetensors files (through
+`model.safetensors.index.json`, or all of them where there is none), checks each header and that
+files and index agree, and returns the union of the headers. Anything missing, extra, duplicate,
+stale or corrupt raises `CheckpointError` with the file and the byte. It does not know which tensors
+a model needs (weights/loader.py). File names in an index stay inside the directory; symbolic links
+are followed, as the Hugging Face cache is made of them. Pickled files are never opened.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class CheckpointIndex:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """The contents of an index file: tensor name to file name, and `metadata.total_size` if given."""
+    """The contents of an index file: tensor name to file name, and `metadata.total_size` if
+    given."""
 
     files: Mapping[str, str]
     total_size: int | None
@@ -186,7 +187,8 @@ def _compare(
     for name, header in headers.items():
         if name not in weight_map.files:
             raise CheckpointError(
-                f"{header.file}, byte {header.offset_begin}: {printable(name)} is not in {INDEX_FILE}"
+                f"{header.file}, byte {header.offset_begin}: {printable(name)} is not in "
+                f"{INDEX_FILE}"
             )
     for name, file in weight_map.files.items():
         found = headers.get(name)

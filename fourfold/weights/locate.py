@@ -126,8 +126,8 @@ def _from_cache(hub_id: _HubId, cache: Path, weights: bool) -> ModelLocation:
     missing = _missing(snapshot, weights)
     if missing:
         raise ModelNotFoundError(
-            f"the snapshot of {hub_id.repo} in {snapshot} is incomplete; continue its download with\n"
-            f"  {hub_id.download}\nmissing are {len(missing)}:" + listing(missing)
+            f"the snapshot of {hub_id.repo} in {snapshot} is incomplete; continue its download "
+            f"with\n  {hub_id.download}\nmissing are {len(missing)}:" + listing(missing)
         )
     return ModelLocation(snapshot, hub_id.repo, commit)
 

@@ -21,7 +21,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from fourfold.core.config import ModelConfig
-from fourfold.core.parameters import EXPERT_ROLES, ParamSpec, Role, parameters, scale_name
+from fourfold.core.parameters import EXPERT_ROLES, ParamSpec, Role, parameters
 
 
 class Part(Enum):
@@ -31,9 +31,9 @@ class Part(Enum):
     SCALE = "scale"
 
 
-# Spellings of each parameter below its prefix: components joined by dots, alternatives by `|`, `*` for
-# an expert's number. Roles whose native name ends in `.weight` are listed without that leaf. The first
-# spelling is the native one, `_check_table` proves it.
+# Spellings of each parameter below its prefix: components joined by dots, alternatives by `|`, `*`
+# for an expert's number. Roles whose native name ends in `.weight` are listed without that leaf.
+# The first spelling is the native one, `_build` proves it.
 _TABLE: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.EMBED: ("embed|embed_tokens",),
@@ -110,6 +110,7 @@ _FUSED: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "ffn|mlp.experts.down_proj": (Role.EXPERT_W2,),
     }
 )
+_FUSED_SCALE = "_scale_inv"
 
 # A scale multiplies its weight under all of these names, `weight_scale_inv` too.
 _SCALE_LEAVES = ("scale", "weight_scale_inv", "weight_scale")
@@ -138,6 +139,13 @@ def _entries() -> Iterator[tuple[Components, tuple[Role, ...], Part]]:
     for pattern, roles in _FUSED.items():
         for stem in _spelt(pattern):
             yield stem, roles, Part.WEIGHT
+            yield (*stem[:-1], stem[-1] + _FUSED_SCALE), roles, Part.SCALE
+
+
+def expert_name(parameter_name: str, expert: int | str) -> str:
+    """The checkpoint tensor of one expert: `….experts.w1.weight` to `….experts.7.w1.weight`."""
+    *stem, matrix, leaf = parameter_name.split(".")
+    return ".".join((*stem, str(expert), matrix, leaf))
 
 
 def _build() -> Mapping[Components, tuple[tuple[Role, ...], Part]]:
@@ -148,7 +156,7 @@ def _build() -> Mapping[Components, tuple[tuple[Role, ...], Part]]:
             raise ValueError(f"{'.'.join(path)} stands for both {table[path]} and {roles}")
         table[path] = (roles, part)
     for role in Role:
-        native = role.value.replace("experts.", "experts.*.") if role in EXPERT_ROLES else role.value
+        native = expert_name(role.value, "*") if role in EXPERT_ROLES else role.value
         if table.get(tuple(native.split("."))) != ((role,), Part.WEIGHT):
             raise ValueError(f"the rename table does not hold the native spelling of {role}")
     return MappingProxyType(table)
@@ -229,32 +237,23 @@ def parse(name: str) -> Parsed | None:
     return Parsed(prefix, roles, part, expert, fused=expert is None and roles[0] in EXPERT_ROLES)
 
 
-def native_name(name: str) -> str:
-    """`name` in the native spelling; what no line of the table fits keeps its own.
+def native_weight_names(name: str) -> tuple[str, ...]:
+    """The native names that a weight's name stands for; none for a scale or an unknown name.
 
-    A tensor of an unknown kind beside a known weight (`….gate_proj.input_scale`) gets the native
-    spelling of that weight and keeps its last component. A fused stack is named after its first role.
+    One, or for a stack of all experts each of its parameters' names (`….experts.w1.weight`).
     """
     parsed = parse(name)
-    if parsed is not None:
-        path = _native_path(parsed)
-        return path if parsed.part is Part.WEIGHT else scale_name(path)
-    stem, _, leaf = name.rpartition(".")
-    beside = parse(f"{stem}.weight")
-    if beside is None:
-        return name
-    return _native_path(beside).removesuffix("weight") + leaf
-
-
-def _native_path(parsed: Parsed) -> str:
-    value = parsed.roles[0].value
-    if parsed.expert is not None:
-        value = value.replace("experts.", f"experts.{parsed.expert}.")
-    return parsed.prefix + value
+    if parsed is None or parsed.part is not Part.WEIGHT:
+        return ()
+    return tuple(
+        spec_name if parsed.expert is None else expert_name(spec_name, parsed.expert)
+        for spec_name in (parsed.prefix + role.value for role in parsed.roles)
+    )
 
 
 def role_of(parameter_name: str) -> Role:
-    """The role of a logical parameter (`ParamSpec.name`). Raises `ValueError` for another string."""
+    """The role of a logical parameter (`ParamSpec.name`). Raises `ValueError` for another
+    string."""
     _, path = _split(parameter_name)
     return Role(".".join(path))
 
@@ -282,6 +281,12 @@ class NameTable:
         if parsed.expert is not None and parsed.expert >= found[0].shape[0]:
             return None
         return Place(found, parsed.part, parsed.expert, parsed.fused)
+
+    def stands_beside_known(self, name: str) -> bool:
+        """Whether an unknown name differs from a known weight's in its last component only: the
+        mark of a quantisation scheme with tensors of its own."""
+        place = self.find(f"{name.rpartition('.')[0]}.weight")
+        return self.find(name) is None and isinstance(place, Place)
 
     def _left_out(self, name: str) -> LeftOut | None:
         prefix, path = _split(name)

@@ -1,0 +1,64 @@
+"""From `MODEL` to a model in memory: locate, read the config, plan kernels, load, build.
+
+Contract: everything that can be refused is refused before tensor data is read. The result carries what
+was decided (config, kernel plan, quantisation, notes) so that it can be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fourfold import kernels
+from fourfold.core.config import EngineConfig, ModelConfig
+from fourfold.core.device import Device
+from fourfold.core.errors import ConfigError
+from fourfold.dist.comm import SingleComm
+from fourfold.model.v4 import DeepseekV4
+from fourfold.ops.catalog import OPS
+from fourfold.ops.registry import KernelPlan
+from fourfold.weights.loader import CheckpointPlan, load, open_checkpoint
+from fourfold.weights.locate import ModelLocation
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and every decision that led to it."""
+
+    model: DeepseekV4
+    config: ModelConfig
+    dtype: torch.dtype
+    device: Device
+    kernel_plan: KernelPlan
+    checkpoint: CheckpointPlan
+    notes: tuple[str, ...]
+
+
+def load_model(
+    location: ModelLocation, config: EngineConfig, device: Device, progress: Progress | None = None
+) -> LoadedModel:
+    """Load the checkpoint at `location`. Raises `FourfoldError`s; `progress(part, done, total)` is
+    told bytes."""
+    if config.parallel.world_size > 1:
+        raise ConfigError(
+            f"tensor and expert parallel sizes above 1 (found {config.parallel.world_size}) "
+            "are not supported yet: the engine runs on one device"
+        )
+    reading = ModelConfig.from_directory(location.directory)
+    plan = KernelPlan.resolve(
+        OPS, kernels.load(device), device, reading.config, dict(config.kernels)
+    )
+    checkpoint = open_checkpoint(location.directory, reading.config, config.expert_dtype)
+    name = reading.config.torch_dtype if config.dtype == "auto" else config.dtype
+    dtype = getattr(torch, name)
+    parameters = load(checkpoint, device.torch_device, dtype, progress)
+    model = DeepseekV4(reading.config, parameters, plan, SingleComm())
+    notes = list(reading.notes)
+    if reading.unknown_keys:
+        notes.append("config.json keys not used: " + ", ".join(reading.unknown_keys))
+    notes.extend(checkpoint.notes)
+    return LoadedModel(model, reading.config, dtype, device, plan, checkpoint, tuple(notes))

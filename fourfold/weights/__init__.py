@@ -1,0 +1,1 @@
+"""Checkpoints on disk: finding, reading and checking them, and writing synthetic ones."""
