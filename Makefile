@@ -11,6 +11,8 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# One process a core, one thread each (tests/conftest.py): small matrices gain nothing from more.
+PYTEST := $(PY) -m pytest -n auto
 READY := $(VENV)/.ready
 DEMO := build/demo
 
@@ -57,17 +59,16 @@ demo: $(READY)
 	@echo "== Done. The checkpoint stays in $(DEMO)/tiny; 'make test' proves the arithmetic."
 
 test: $(READY)
-	$(PY) -m pytest -m "not gpu and not slow" $(ARGS)
+	$(PYTEST) -m "not gpu and not slow" $(ARGS)
 
 test-all: $(READY)
-	$(PY) -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q tests/test_house.py
-	$(PY) -m pytest -q -m "not gpu and not slow and not full" --ignore=tests/test_house.py $(ARGS)
+	$(PYTEST) -q -m "not gpu and not slow and not full" $(ARGS)
 
 bench: $(READY)
 	@echo "== bench/forward.py: generation on a tiny synthetic checkpoint, CPU; the only benchmark so far" >&2

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fourfold import __version__
-from fourfold.core.config import EXPERT_DTYPES, MODEL_DTYPES, CacheConfig, EngineConfig, ParallelConfig
+from fourfold.core.config import (
+    EXPERT_DTYPES,
+    MODEL_DTYPES,
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+)
 from fourfold.core.errors import ConfigError, FourfoldError
 from fourfold.core.request import FinishReason, Request, RequestOutput, SamplingParams
 
@@ -184,7 +190,7 @@ def _engine_config(flags: dict[str, Any], seed: int) -> EngineConfig:
         raise ConfigError("MODEL was given twice: as an argument and with --model")
     if flags["data_parallel_size"] > 1:
         raise ConfigError("--data-parallel-size above 1 is not supported yet")
-    idle = [name for name in NO_EFFECT if flags[name]]
+    idle = [name for name in NO_EFFECT if flags[name] not in (None, False)]
     for name in idle:
         click.echo(f"--{_same_spelling(name)} has no effect here: {NO_EFFECT[name]}", err=True)
     ranks = flags["tensor_parallel_size"]

@@ -15,6 +15,9 @@ hypothesis.settings.register_profile("fourfold", derandomize=True, deadline=None
 hypothesis.settings.load_profile("fourfold")
 
 
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """A test's random numbers depend on the test alone, not on what ran before it."""

@@ -10,7 +10,7 @@ Index tensors are int64 (torch indexing wants it); −1 means "nowhere" in every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,13 +162,14 @@ def _ring_slots(sequence: ScheduledSequence, ring_rows: int) -> list[int]:
         return [-1] * count
     base = sequence.state_slot * ring_rows
     first = sequence.num_computed_tokens
-    return [
-        base + (first + i) % ring_rows if i >= count - ring_rows else -1 for i in range(count)
-    ]
+    return [base + (first + i) % ring_rows if i >= count - ring_rows else -1 for i in range(count)]
 
 
 def _emission(
-    sequences: Sequence[ScheduledSequence], starts: Sequence[int], ratio: int, tensor
+    sequences: Sequence[ScheduledSequence],
+    starts: Sequence[int],
+    ratio: int,
+    tensor: Callable[[Sequence[int]], Tensor],
 ) -> Emission:
     tokens, positions, slots = [], [], []
     per_page = rows_per_page(ratio)

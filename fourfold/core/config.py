@@ -63,8 +63,8 @@ def expect(ok: bool, name: str, expected: str, found: object) -> None:
 
 
 def expect_int(name: str, value: object, minimum: int = 1) -> None:
-    """Raise unless `value` is an integer (a bool is none) of at least `minimum`."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    """Raise unless `value` is an integer (a bool is none) from `minimum` to the largest int64."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= sys.maxsize
     kind = {0: "a non-negative integer", 1: "a positive integer"}
     expect(ok, name, kind.get(minimum, f"an integer of at least {minimum}"), value)
 
@@ -321,9 +321,9 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Which part of the model this process holds. The tensor-parallel and the expert-parallel split
-    run over the same ranks: the larger of the two sizes is the number of processes, and the smaller
-    divides it."""
+    """Which part of the model this process holds. Both splits run over the same ranks: routed
+    experts are split inside each expert (expert size 1) or by expert (expert size = tensor size),
+    and one reduction serves routed and shared experts."""
 
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
@@ -334,9 +334,9 @@ class ParallelConfig:
         expect_int("tensor_parallel_size", tensor)
         expect_int("expert_parallel_size", expert)
         expect(
-            max(tensor, expert) % min(tensor, expert) == 0,
+            expert in (1, tensor),
             "expert_parallel_size",
-            f"a divisor or a multiple of tensor_parallel_size ({tensor})",
+            f"1 or tensor_parallel_size ({tensor})",
             expert,
         )
         expect_int("rank", self.rank, minimum=0)
@@ -345,7 +345,7 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         """The number of processes."""
-        return max(self.tensor_parallel_size, self.expert_parallel_size)
+        return self.tensor_parallel_size
 
 
 @dataclass(frozen=True)

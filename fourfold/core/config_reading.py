@@ -91,6 +91,8 @@ def read_mapping(data: Mapping[str, Any], source: str) -> ModelConfigReading:
         config = _read(found)
     except FieldError as error:
         raise ConfigError(f"{source}: {found.in_file_spelling(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
     ignored = tuple(key for key in data if key in keys.IGNORED)
     unknown = [k for k in data if k not in found.used and k not in keys.IGNORED]
     return ModelConfigReading(
@@ -180,6 +182,7 @@ def _rope_head_dim(found: Keys, head_dim: int, nested: list[tuple[str, Any]]) ->
     candidates = found.candidates(keys.QK_ROPE_HEAD_DIM)
     for name, factor in found.candidates(("partial_rotary_factor",)) + nested:
         expect_positive(name, factor)
+        expect(factor <= 1, name, "at most 1", factor)
         width = head_dim * factor
         whole = math.isclose(width, round(width), rel_tol=1e-6)
         expect(whole, name, f"a whole number of head_dim's {head_dim} dimensions", factor)
@@ -302,7 +305,9 @@ def _max_positions(found: Keys, scaling: RopeScaling | None) -> int:
             scaling is not None, "max_position_embeddings", "given where there is no YaRN", limit
         )
         assert scaling is not None
-        limit = round(scaling.factor * scaling.original_max_position_embeddings)
+        reach = scaling.factor * scaling.original_max_position_embeddings
+        expect_positive("max_position_embeddings", reach)
+        limit = round(reach)
         found.note(f"max_position_embeddings is not in this file; YaRN's range of {limit} is used")
     expect_int("max_position_embeddings", limit)
     return int(limit)

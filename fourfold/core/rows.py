@@ -95,9 +95,7 @@ class RowPages:
                 torch.zeros(shape, dtype=format.dtype, device=device), format, rows_per_page
             )
         shape = (num_pages, format.page_bytes(rows_per_page))
-        return RowPages(
-            torch.zeros(shape, dtype=torch.uint8, device=device), format, rows_per_page
-        )
+        return RowPages(torch.zeros(shape, dtype=torch.uint8, device=device), format, rows_per_page)
 
     @property
     def num_pages(self) -> int:

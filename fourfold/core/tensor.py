@@ -99,9 +99,7 @@ class QuantTensor:
         """One matrix of a stack."""
         if len(self.shape) < 3:
             raise IndexError("only a stack of matrices can be indexed")
-        return replace(
-            self, codes=self.codes[index], scale=self.scale[index], shape=self.shape[1:]
-        )
+        return replace(self, codes=self.codes[index], scale=self.scale[index], shape=self.shape[1:])
 
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same codes and scales on another device. There is no conversion of dtype."""

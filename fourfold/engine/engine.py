@@ -95,9 +95,7 @@ class Engine:
         )
         sampled = iter(ids)
         outputs = []
-        for sequence, run, bad in zip(
-            step.sequences, step.batch.sequences, nonfinite, strict=True
-        ):
+        for sequence, run, bad in zip(step.sequences, step.batch.sequences, nonfinite, strict=True):
             sequence.num_computed_tokens += len(run)
             token = next(sampled) if run.logits_from < len(run) else None
             if bad:

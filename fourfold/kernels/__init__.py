@@ -21,7 +21,7 @@ def load(device: Device) -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     for module in pkgutil.walk_packages(__path__, __name__ + "."):
         family = module.name.split(".")[2]
-        if _FAMILY_NEEDS.get(family, None) not in (None, *device.features):
+        if _FAMILY_NEEDS.get(family) not in (None, *device.features):
             continue
         found.extend(getattr(importlib.import_module(module.name), "KERNELS", ()))
     return tuple(found)

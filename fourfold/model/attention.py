@@ -94,9 +94,7 @@ class Attention:
         c = context.config
         self.ops, self.comm, self.config = context.ops, context.comm, c
         self.ratio, self.name = ratio, name
-        theta, scaling = (
-            (c.compress_rope_theta, c.rope_scaling) if ratio else (c.rope_theta, None)
-        )
+        theta, scaling = (c.compress_rope_theta, c.rope_scaling) if ratio else (c.rope_theta, None)
         sink = p.tensor(Role.ATTN_SINK)
         inv_freq = inverse_frequencies(c.qk_rope_head_dim, theta, scaling).to(sink.device)
         self.sink, self.inv_freq = sink, inv_freq
@@ -105,9 +103,7 @@ class Attention:
         self.kv_norm = p.tensor(Role.KV_NORM)
         self.wo_a, self.wo_b = p.weight(Role.WO_A), p.weight(Role.WO_B)
         self.compressor = Compressor(context, p, MAIN, ratio, inv_freq) if ratio else None
-        self.indexer = (
-            Indexer(context, p, ratio, inv_freq, name) if c.has_indexer(ratio) else None
-        )
+        self.indexer = Indexer(context, p, ratio, inv_freq, name) if c.has_indexer(ratio) else None
 
     def __call__(self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes) -> Tensor:
         """`y [T, D]` → `[T, D]`; reads and writes the layer's state."""

@@ -21,9 +21,7 @@ class MoE:
         self.bias = None if hashed else p.tensor(Role.GATE_BIAS)
         w1, w2, w3 = (p.weight(r) for r in (Role.EXPERT_W1, Role.EXPERT_W2, Role.EXPERT_W3))
         self.experts = (w1, w2, w3)
-        self.shared = tuple(
-            p.weight(r) for r in (Role.SHARED_W1, Role.SHARED_W2, Role.SHARED_W3)
-        )
+        self.shared = tuple(p.weight(r) for r in (Role.SHARED_W1, Role.SHARED_W2, Role.SHARED_W3))
         # Experts split by expert: this rank's first. Split inside each expert: all are here, first 0.
         rank = context.comm.rank(Group.EXPERT)
         self.first_expert = rank * w1.shape[0] % context.config.n_routed_experts
@@ -43,7 +41,5 @@ class MoE:
         note(f"{self.name}.logits", logits)
         note(f"{self.name}.ids", ids)
         note(f"{self.name}.weights", weights)
-        z = ops.moe(
-            y, ids, weights, self.experts, self.shared, c.swiglu_limit, self.first_expert
-        )
+        z = ops.moe(y, ids, weights, self.experts, self.shared, c.swiglu_limit, self.first_expert)
         return self.comm.all_reduce(z)

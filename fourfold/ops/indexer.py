@@ -14,7 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower, rows_per_page
+from fourfold.core.batch import (
+    ForwardBatch,
+    ScheduledBatch,
+    ScheduledSequence,
+    lower,
+    rows_per_page,
+)
 from fourfold.core.rows import RowFormat, RowKind, RowPages
 from fourfold.core.tensor import accumulate_dtype
 from fourfold.ops.registry import Case, CaseMaker, op

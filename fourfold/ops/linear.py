@@ -34,7 +34,9 @@ def round_activations(x: Tensor, weight: Weight) -> Tensor:
 def _linear_cases(make: CaseMaker) -> Iterator[Case]:
     for tokens, inputs, outputs in ((1, 96, 40), (7, 128, 256)):
         weight = make.randn(outputs, inputs, scale=inputs**-0.5)
-        yield Case(f"{tokens}x{inputs}x{outputs}", {"x": make.randn(tokens, inputs), "weight": weight})
+        yield Case(
+            f"{tokens}x{inputs}x{outputs}", {"x": make.randn(tokens, inputs), "weight": weight}
+        )
     yield Case(
         "unrounded",
         {"x": make.randn(3, 64), "weight": make.randn(8, 64), "unrounded": True},
@@ -84,9 +86,7 @@ def _output_cases(make: CaseMaker) -> Iterator[Case]:
 
 
 @op(_output_cases, tolerance=Tolerance(float32=2e-5))
-def grouped_output(
-    attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor
-) -> Tensor:
+def grouped_output(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
     """Inverse rotary, then the block-diagonal projection `wo_a`.
 
     `attended [T, H, d]` still carries its query position's rotation in the last dims. `weight`

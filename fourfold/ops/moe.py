@@ -103,7 +103,7 @@ def _experts_cases(make: CaseMaker) -> Iterator[Case]:
     e, d, i, wide = 6, 64, 32, accumulate_dtype(make.dtype)
     ids = make.randint(e, 7, 3)
     ids[2] = 4
-    arguments = {
+    arguments: dict[str, Any] = {
         "y": make.randn(7, d, scale=4.0),
         "ids": ids,
         "weights": make.randn(7, 3, dtype=wide).abs(),
@@ -141,7 +141,9 @@ def routed_experts(
             continue
         token, slot = (ids == expert).nonzero(as_tuple=True)
         x = y[token]
-        hidden = swiglu(linear(x, w1[local], unrounded=True), linear(x, w3[local], unrounded=True), limit)
+        hidden = swiglu(
+            linear(x, w1[local], unrounded=True), linear(x, w3[local], unrounded=True), limit
+        )
         hidden = hidden * weights[token, slot].to(wide).unsqueeze(-1)
         results[token, slot] = linear(hidden.to(y.dtype), w2[local], unrounded=True)
     total = results[:, 0]

@@ -183,7 +183,9 @@ class KernelPlan:
         known = {o.name for o in ops}
         for name in forced:
             if name not in known:
-                raise KernelError(f"--kernel {name}: no such op; ops are {', '.join(sorted(known))}")
+                raise KernelError(
+                    f"--kernel {name}: no such op; ops are {', '.join(sorted(known))}"
+                )
         chosen: dict[str, Kernel] = {}
         choices = []
         for each in ops:
@@ -223,7 +225,7 @@ def _choose(
             raise KernelError(f"--kernel {name}={forced}: {refusals[forced]}")
         kernel = next(k for k in candidates if k.name == forced)
         return kernel, Choice(name, forced, "forced by --kernel")
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for kernel in candidates:
         why = refusals[kernel.name]
         if why is None:

@@ -115,7 +115,10 @@ def store_rows(pages: RowPages, rows: RowPages, slots: Tensor) -> None:
 
 def read_rows(pages: RowPages, slots: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of the rows at `slots [N]` → `[N, d]` in `dtype`; slot −1 gives zeros."""
-    page, offset = slots.clamp(min=0) // pages.rows_per_page, slots.clamp(min=0) % pages.rows_per_page
+    page, offset = (
+        slots.clamp(min=0) // pages.rows_per_page,
+        slots.clamp(min=0) % pages.rows_per_page,
+    )
     data = pages.data()[page, offset]
     format = pages.format
     if format.kind is RowKind.PLAIN:

@@ -293,11 +293,16 @@ def _read_expert_ids(files: MappedFiles, parameter: StoredParameter, experts: in
     return ids
 
 
-def _canonical_fp4(codes: Tensor) -> Tensor:
-    """Packed E2M1 `codes` (uint8) with negative zero, nibble 8, rewritten to zero in both
-    halves."""
-    low = torch.where((codes & 0x0F) == 0x08, codes & 0xF0, codes)
-    return torch.where((low & 0xF0) == 0x80, low & 0x0F, low)
+def _clear_negative_zeros_fp4(codes: Tensor) -> None:
+    """Rewrite negative zero, nibble 8, to zero in packed E2M1 `codes` (uint8), in place.
+
+    Magnitude + 7 carries into the sign's place exactly where the magnitude is not 0: the sign stays
+    there and nowhere else.
+    """
+    keep = codes & 0x77
+    keep += 0x77
+    keep |= 0x77
+    codes &= keep
 
 
 def _read_quantised(
@@ -310,7 +315,6 @@ def _read_quantised(
     scale_dtype = STORED_DTYPES[parameter.scales[0].header.dtype]
     codes = torch.empty(scheme.codes_shape(shape), dtype=torch.uint8)
     scale = torch.empty(scheme.scale_shape(shape), dtype=scale_dtype)
-    canonical = canonical_fp8 if scheme is FP8_BLOCK else _canonical_fp4
     for code_part, scale_part, codes_from, scale_from in zip(
         _parts(codes, parameter),
         _parts(scale, parameter),
@@ -321,7 +325,10 @@ def _read_quantised(
         files.read_into(code_part, codes_from.header, codes_from.begin, codes_from.end)
         files.read_into(scale_part, scale_from.header, scale_from.begin, scale_from.end)
         scheme.validate(code_part, scale_part, _where(codes_from))
-        code_part[...] = canonical(code_part)
+        if scheme is FP8_BLOCK:
+            code_part[...] = canonical_fp8(code_part)
+        else:
+            _clear_negative_zeros_fp4(code_part)
     try:
         return QuantTensor(codes, scale, scheme, shape, activation_quantization)
     except QuantizationError as error:

@@ -18,12 +18,11 @@ from fourfold.core.errors import ConfigError
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 
-# (spelling, id in the released checkpoints). 128799 is the family's last unused place holder.
+# (spelling, id in the released checkpoints).
 SPECIAL_TOKENS = (
     (BOS, 0),
     (EOS, 1),
     ("<｜▁pad▁｜>", 2),
-    ("<｜place▁holder▁no▁799｜>", 128799),
     ("<｜fim▁hole｜>", 128800),
     ("<｜fim▁begin｜>", 128801),
     ("<｜fim▁end｜>", 128802),

@@ -40,6 +40,8 @@ def test_all_missing_keys_are_named_at_once() -> None:
         # types and ranges
         ({"hidden_size": "4096"}, "hidden_size must be a positive integer, found '4096'"),
         ({"hidden_size": 4096.0}, "hidden_size must be a positive integer, found 4096.0"),
+        ({"hidden_size": 2**70}, "hidden_size must be a positive integer, found 1180591620717"),
+        ({"partial_rotary_factor": 1e308}, "partial_rotary_factor must be at most 1"),
         ({"hidden_size": True}, "hidden_size must be a positive integer, found True"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, found 0"),
         ({"sliding_window": -128}, "sliding_window must be a positive integer, found -128"),
@@ -187,6 +189,13 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, expected
     assert expected in str(caught.value)
 
 
+def test_nesting_beyond_reason_is_refused() -> None:
+    deep: object = 1
+    for _ in range(5000):
+        deep = {"a": deep}
+    assert error(changed(quantization_config=deep)) == "nested too deeply"
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.json cannot be read: No such file"):
         ModelConfig.from_file(tmp_path / "nothing.json")
@@ -205,8 +214,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         (lambda: CacheConfig(index_cache_dtype="fp4"), "index_cache_dtype must be one of auto"),
         (lambda: CacheConfig(num_pages=0), "num_pages must be a positive integer"),
         (lambda: ParallelConfig(tensor_parallel_size=0), "tensor_parallel_size must be a positive"),
-        (lambda: ParallelConfig(4, 3), "expert_parallel_size must be a divisor or a multiple of"),
-        (lambda: ParallelConfig(2, 4, rank=4), "rank must be below 4, found 4"),
+        (lambda: ParallelConfig(4, 3), "expert_parallel_size must be 1 or tensor_parallel_size"),
+        (lambda: ParallelConfig(4, 4, rank=4), "rank must be below 4, found 4"),
         (lambda: EngineConfig(model=""), "model must be a name"),
         (lambda: EngineConfig("m", dtype="float16"), "dtype must be one of auto, bfloat16"),
         (lambda: EngineConfig("m", max_model_len=0), "max_model_len must be a positive integer"),

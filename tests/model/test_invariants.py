@@ -177,7 +177,9 @@ def test_every_parameter_gets_a_gradient_except_the_indexer() -> None:
     main, mtp = one_shot_with_mtp(model, prompts(20, (140,), 2))
     (main.logits.square().sum() + mtp.square().sum()).backward()
     silent = {
-        n for n, w in weights.items() if w.is_floating_point() and (w.grad is None or not w.grad.any())
+        n
+        for n, w in weights.items()
+        if w.is_floating_point() and (w.grad is None or not w.grad.any())
     }
     # Row 0 of an HCA layer is the only one here; its ape and gate act through differences within it.
     assert all(".indexer." in name or name.endswith("gate.bias") for name in silent), silent

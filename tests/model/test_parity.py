@@ -76,7 +76,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
 }
 
-LENGTHS = {"short lists": 150}  # many positions choose few of their rows; ties would be common in more
+LENGTHS = {
+    "short lists": 150
+}  # many positions choose few of their rows; ties would be common in more
 SHORT = (*range(1, 10), 127, 128, 129, 130, 255, 256, 257, 258)
 
 
@@ -112,9 +114,7 @@ class NearTies:
             self.closest = min(self.closest, float(gap.min()))
 
 
-def without_ties(
-    directory: Path, config: dict[str, Any], length: int
-) -> tuple[Path, list[int]]:
+def without_ties(directory: Path, config: dict[str, Any], length: int) -> tuple[Path, list[int]]:
     """A checkpoint and `length` tokens whose every top-k is decided by more than `TIE`."""
     for seed in range(60):
         folder = write_small(directory / str(seed), "float32", seed=seed, **config)
@@ -134,7 +134,8 @@ def reference(directory: Path) -> Any:
         experts_implementation="eager",  # the grouped one wants sizes in multiples of 16 bytes
         output_loading_info=True,
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     return oracle.eval()
 
@@ -171,7 +172,16 @@ def test_mtp_layer_equals_a_transformers_layer(tmp_path: Path) -> None:
         stored |= load_file(file)
     # Put the MTP block's weights where layer 0's were, in a copy that transformers loads again.
     moved = {k: v for k, v in stored.items() if not k.startswith(("layers.0.", "mtp.0."))}
-    outside = ("e_proj", "h_proj", "enorm", "hnorm", "norm", "hc_head_fn", "hc_head_base", "hc_head_scale")
+    outside = (
+        "e_proj",
+        "h_proj",
+        "enorm",
+        "hnorm",
+        "norm",
+        "hc_head_fn",
+        "hc_head_base",
+        "hc_head_scale",
+    )
     for key, value in stored.items():
         if key.startswith("mtp.0."):
             rest = key.removeprefix("mtp.0.")
@@ -206,14 +216,15 @@ def test_mtp_layer_equals_a_transformers_layer(tmp_path: Path) -> None:
     following = torch.tensor([*tokens[1:], 0])
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps) * weight
+        return (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps) * weight
+        )
 
     embedded = norm(stored["embed.weight"][following], stored["mtp.0.enorm.weight"])
     hidden = norm(streams, stored["mtp.0.hnorm.weight"])
-    captured["input"] = (
-        (embedded @ stored["mtp.0.e_proj.weight"].T).unsqueeze(1)
-        + hidden @ stored["mtp.0.h_proj.weight"].T
-    )
+    captured["input"] = (embedded @ stored["mtp.0.e_proj.weight"].T).unsqueeze(1) + hidden @ stored[
+        "mtp.0.h_proj.weight"
+    ].T
     layer_oracle.model.layers[0].register_forward_pre_hook(replace_input, with_kwargs=True)
     expected = layer_oracle(torch.tensor([tokens]), use_cache=False).logits[0]
     _, got = one_shot_with_mtp(model, [tokens])

@@ -87,9 +87,7 @@ def test_a_quantised_checkpoint_equals_its_dequantised_twin(weights: str, tmp_pa
     twin = dequantised_twin(source, tmp_path / "twin")
     tokens = prompts(192, (150, 9), 1)
     quantised = load_small(source, torch.float32, activations=False)
-    assert any(
-        isinstance(w, QuantTensor) for w in load_weights(source, torch.float32)[1].values()
-    )
+    assert any(isinstance(w, QuantTensor) for w in load_weights(source, torch.float32)[1].values())
     expected = one_shot(load_small(twin, torch.float32), tokens).logits
     assert torch.equal(one_shot(quantised, tokens).logits, expected)
 
@@ -121,7 +119,9 @@ def test_activation_quantisation_differs_by_the_op_bodies_and_nothing_else(tmp_p
     matrix = weights["layers.0.attn.wq_a.weight"]
     assert isinstance(matrix, QuantTensor)
     x = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    rounded = dequantize_fp8_groups(*quantize_fp8_groups(x, ACTIVATION_GROUP), ACTIVATION_GROUP, torch.float32)
+    rounded = dequantize_fp8_groups(
+        *quantize_fp8_groups(x, ACTIVATION_GROUP), ACTIVATION_GROUP, torch.float32
+    )
     assert torch.equal(linear(x, matrix), rounded @ matrix.dequantize(torch.float32).T)
     assert torch.equal(
         linear(x, matrix.with_activations(False)), x @ matrix.dequantize(torch.float32).T

@@ -54,9 +54,7 @@ class Folder:
         """Fold the next `count` tokens, keeping the fold after token i in slot s for each (i, s)."""
         begin, end = self.at, self.at + count
         pages = range(-(-len(self.kv) // 256))
-        run = ScheduledSequence(
-            [0] * count, begin, pages, fold_source=self.live, fold_keeps=keeps
-        )
+        run = ScheduledSequence([0] * count, begin, pages, fold_source=self.live, fold_keeps=keeps)
         batch = lower(ScheduledBatch((run,)), (self.ratio,), 1, torch.device("cpu"))
         emission = batch.emissions[self.ratio]
         rows, kept = compress(

@@ -42,7 +42,8 @@ def run(op: Op, dtype: torch.dtype) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_op_has_cases_a_docstring_and_a_unique_name(op: Op) -> None:
     cases = list(op.cases(CaseMaker.seeded(torch.float32)))
-    assert cases and len({c.name for c in cases}) == len(cases)
+    assert cases
+    assert len({c.name for c in cases}) == len(cases)
     assert op.body.__doc__
     assert [o.name for o in OPS].count(op.name) == 1
 
@@ -88,9 +89,7 @@ def test_gradients_match_finite_differences(op: Op) -> None:
         ]
 
         def body(*values: Tensor, names=names, case=case) -> tuple[Tensor, ...]:
-            arguments = copy.deepcopy(
-                {k: v for k, v in case.arguments.items() if k not in names}
-            )
+            arguments = copy.deepcopy({k: v for k, v in case.arguments.items() if k not in names})
             out = getattr(BODIES, op.name)(**arguments, **dict(zip(names, values, strict=True)))
             kept = tensors([arguments[w] for w in op.writes] if op.writes else out)
             return tuple(t for t in kept if t.is_floating_point() and t.requires_grad)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.ops.moe import routed_experts, route_hash, route_topk, shared_expert, swiglu
+from fourfold.ops.moe import route_hash, route_topk, routed_experts, shared_expert, swiglu
 
 
 def logits(tokens: int = 40, experts: int = 16) -> Tensor:
@@ -47,7 +47,9 @@ def test_softplus_is_the_identity_above_20_and_survives_extremes() -> None:
     _, weights = route_topk(x, torch.zeros(4), 4, 1.0)
     scores = torch.tensor([1e4, 25.0, math.log(2), 0.0]).sqrt()
     assert torch.allclose(weights[0], scores / scores.sum(), atol=1e-6)
-    none = route_hash(torch.full((1, 4), -200.0), torch.tensor([0]), torch.zeros(1, 2, dtype=torch.int64), 1.0)
+    none = route_hash(
+        torch.full((1, 4), -200.0), torch.tensor([0]), torch.zeros(1, 2, dtype=torch.int64), 1.0
+    )
     assert torch.isfinite(none[1]).all()
 
 
@@ -114,5 +116,8 @@ def test_shards_of_experts_add_up_to_the_whole() -> None:
     ids = torch.randint(8, (9, 3), generator=generator)
     weights = torch.rand(9, 3, generator=generator, dtype=torch.float64)
     whole = routed_experts(y, ids, weights, w1, w2, w3, 10.0)
-    halves = [routed_experts(y, ids, weights, w1[s], w2[s], w3[s], 10.0, n) for n, s in ((0, slice(0, 4)), (4, slice(4, 8)))]
+    halves = [
+        routed_experts(y, ids, weights, w1[s], w2[s], w3[s], 10.0, n)
+        for n, s in ((0, slice(0, 4)), (4, slice(4, 8)))
+    ]
     assert torch.allclose(sum(halves), whole)

@@ -79,7 +79,9 @@ def test_fnuz_reads_every_byte_as_half_and_encodes_the_same_codes() -> None:
     usable = canonical_fp8(ALL[(ALL != 0x7F) & (ALL != 0xFF)])
     half = decode_fp8(usable, torch.float32, Fp8Dialect.FNUZ)
     assert torch.equal(half * Fp8Dialect.FNUZ.product_factor, decode_fp8(usable, torch.float32))
-    assert torch.isnan(decode_fp8(torch.tensor([0x80], dtype=torch.uint8), torch.float32, Fp8Dialect.FNUZ))
+    assert torch.isnan(
+        decode_fp8(torch.tensor([0x80], dtype=torch.uint8), torch.float32, Fp8Dialect.FNUZ)
+    )
 
 
 def test_fp8_codes_are_equal_in_both_dialects_for_many_values() -> None:
@@ -99,13 +101,17 @@ def test_matmul_through_a_simulated_fnuz_device_is_identical() -> None:
     codes, scale = FP8_BLOCK.quantize(torch.randn(64, 256, generator=generator), "e8m0")
     expected = linear(x, QuantTensor(codes, scale, FP8_BLOCK, (64, 256)))
     x_codes, exponent = quantize_fp8_groups(x, 128)
-    groups = (x.unflatten(1, (2, 128)) / power_of_two(exponent, torch.float32).unsqueeze(-1)).flatten(1)
+    groups = (
+        x.unflatten(1, (2, 128)) / power_of_two(exponent, torch.float32).unsqueeze(-1)
+    ).flatten(1)
     fnuz_codes = encode_fp8(groups, Fp8Dialect.FNUZ)
     assert torch.equal(fnuz_codes, x_codes)
     factor = Fp8Dialect.FNUZ.product_factor
     scales = power_of_two(exponent, torch.float32).repeat_interleave(128, 1)
     a = decode_fp8(fnuz_codes, torch.float32, Fp8Dialect.FNUZ) * scales
-    blocks = decode_e8m0(scale, torch.float32).repeat_interleave(128, 0)[:64].repeat_interleave(128, 1)
+    blocks = (
+        decode_e8m0(scale, torch.float32).repeat_interleave(128, 0)[:64].repeat_interleave(128, 1)
+    )
     b = decode_fp8(codes, torch.float32, Fp8Dialect.FNUZ) * blocks
     assert torch.equal((a @ b.T) * factor * factor, expected)
 
@@ -153,13 +159,17 @@ def test_fp4_every_code_times_every_exponent_low_nibble_first() -> None:
         got = MXFP4.dequantize(packed, scale, torch.float64)
         for row in range(255):
             for byte in range(16):
-                for half, nibble in enumerate((int(packed[row, byte]) & 15, int(packed[row, byte]) >> 4)):
+                for half, nibble in enumerate(
+                    (int(packed[row, byte]) & 15, int(packed[row, byte]) >> 4)
+                ):
                     magnitude = FP4_VALUES[nibble & 7] * (-1 if nibble & 8 else 1)
                     assert float(got[row, 2 * byte + half]) == magnitude * 2.0 ** (row - 127)
 
 
 def test_fp4_encodes_to_the_nearest_code_ties_to_even() -> None:
-    values = torch.tensor([0, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 9.0, -0.25, -0.74, -5.0])
+    values = torch.tensor(
+        [0, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 9.0, -0.25, -0.74, -5.0]
+    )
     expected = [0, 0, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0, 0, -0.5, -4.0]
     assert decode_fp4(encode_fp4(values), torch.float64).tolist() == expected
     every = decode_fp4(torch.arange(256, dtype=torch.uint8), torch.float32)
@@ -198,7 +208,9 @@ def test_fp4_strip_exponent_may_lie_below_e8m0() -> None:
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 200), (1, 1), (257, 384)])
 @pytest.mark.parametrize("scale_format", ["e8m0", "f32"])
-def test_fp8_blocks_round_trip_with_partial_edges(shape: tuple[int, int], scale_format: str) -> None:
+def test_fp8_blocks_round_trip_with_partial_edges(
+    shape: tuple[int, int], scale_format: str
+) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 3
     codes, scale = FP8_BLOCK.quantize(values, scale_format)
     assert tuple(scale.shape) == FP8_BLOCK.scale_shape(shape)

@@ -24,7 +24,9 @@ def test_sizes_of_the_released_geometry() -> None:
     assert RowFormat(RowKind.PLAIN, 512, 64).row_bytes == 1_024
 
 
-@pytest.mark.parametrize(("nope", "rope", "bytes_"), [(64, 8, 88), (65, 2, 77), (512, 64, 648), (520, 0, 536)])
+@pytest.mark.parametrize(
+    ("nope", "rope", "bytes_"), [(64, 8, 88), (65, 2, 77), (512, 64, 648), (520, 0, 536)]
+)
 def test_general_row_size(nope: int, rope: int, bytes_: int) -> None:
     groups = -(-nope // 64)
     assert RowFormat(RowKind.FP8_GROUPS, nope + rope, rope).row_bytes == bytes_
@@ -45,10 +47,14 @@ def test_main_page_is_split_by_field_at_these_byte_offsets() -> None:
     for dim in (0, 64, 100, 447):
         value = float(decode_fp8(torch.tensor([raw[row + dim]], dtype=torch.uint8), torch.float32))
         expected = float(rows[5, dim].bfloat16())
-        assert value * 2.0 ** (exponents[dim // 64] - 127) == pytest.approx(expected, rel=2**-4, abs=1e-2)
+        assert value * 2.0 ** (exponents[dim // 64] - 127) == pytest.approx(
+            expected, rel=2**-4, abs=1e-2
+        )
     for index in (0, 63):
         word = struct.unpack_from("<H", raw, row + 448 + 2 * index)[0]
-        assert struct.unpack("<f", struct.pack("<I", word << 16))[0] == float(rows[5, 448 + index].bfloat16())
+        assert struct.unpack("<f", struct.pack("<I", word << 16))[0] == float(
+            rows[5, 448 + index].bfloat16()
+        )
     assert raw[64 * 584 :] == bytes(37_440 - 64 * 584)
     assert not bool(page.storage[0].any())
 
@@ -63,8 +69,12 @@ def test_indexer_page_keeps_scales_behind_all_codes() -> None:
     assert torch.allclose(decode_fp8(codes, torch.float32) * scale, rows[9], rtol=2**-4, atol=scale)
 
 
-@pytest.mark.parametrize("format", [MAIN, INDEXER, RowFormat(RowKind.PLAIN, 512, 64, torch.float32)])
-def test_rows_read_back_as_encoded_from_scattered_slots_and_nowhere_gives_zeros(format: RowFormat) -> None:
+@pytest.mark.parametrize(
+    "format", [MAIN, INDEXER, RowFormat(RowKind.PLAIN, 512, 64, torch.float32)]
+)
+def test_rows_read_back_as_encoded_from_scattered_slots_and_nowhere_gives_zeros(
+    format: RowFormat,
+) -> None:
     rows = torch.randn(7, format.dim, generator=torch.Generator().manual_seed(2))
     encoded = encode_rows(rows, format)
     pages = RowPages.zeros(format, 4, 16, CPU)
@@ -88,7 +98,10 @@ def test_encoding_what_was_decoded_changes_nothing() -> None:
 def test_indexer_queries_and_keys_round_by_one_function() -> None:
     """Index Q transformed and K not (or the other way round) loses recall at a distance."""
     generator = torch.Generator().manual_seed(4)
-    keys, query = torch.randn(400, 128, generator=generator), torch.randn(1, 128, generator=generator)
+    keys, query = (
+        torch.randn(400, 128, generator=generator),
+        torch.randn(1, 128, generator=generator),
+    )
     stored = read_rows(encode_rows(keys, INDEXER), torch.arange(400), torch.float32)
     assert torch.equal(index_round(keys), stored)
     exact, rounded = (query @ keys.T)[0], (index_round(query) @ stored.T)[0]

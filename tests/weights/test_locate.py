@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fourfold.core.errors import ModelNotFoundError
-from fourfold.weights.locate import cache_directory, locate
+from fourfold.weights.hub import cache_directory
+from fourfold.weights.locate import locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -40,8 +40,8 @@ def test_every_tensor_of_flash_has_its_own_place(flash) -> None:
 
 
 def test_a_rename_rule_that_swallows_a_neighbour(flash) -> None:
-    """Substring rules lost 381 of 2,519 parameters to their neighbours; here look-alikes keep a place
-    each, in both spellings."""
+    """Substring rules lost 381 of 2,519 parameters to their neighbours; here look-alikes keep a
+    place each, in both spellings."""
     table, _ = flash
     lookalikes = [
         ("norm.weight", "layers.2.attn.q_norm.weight", "layers.2.attn.kv_norm.weight",
@@ -203,7 +203,7 @@ def test_unknown_names(name: str) -> None:
 
 
 def test_the_prefix_of_the_experts_with_and_without_its_trailing_dot() -> None:
-    """A rule for `ffn.experts` must not reach `ffn.experts_gate`, one for `ffn.experts.` not miss."""
+    """What begins with `ffn.experts` is no expert, and what begins with `ffn.experts.` is one."""
     table = NameTable(tiny_config())
     for spec in parameters(tiny_config()):
         if spec.role in EXPERT_ROLES:
