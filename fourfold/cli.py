@@ -190,7 +190,7 @@ def _engine_config(flags: dict[str, Any], seed: int) -> EngineConfig:
         raise ConfigError("MODEL was given twice: as an argument and with --model")
     if flags["data_parallel_size"] > 1:
         raise ConfigError("--data-parallel-size above 1 is not supported yet")
-    idle = [name for name in NO_EFFECT if flags[name] not in (None, False)]
+    idle = [name for name in NO_EFFECT if flags[name] is not None and flags[name] is not False]
     for name in idle:
         click.echo(f"--{_same_spelling(name)} has no effect here: {NO_EFFECT[name]}", err=True)
     ranks = flags["tensor_parallel_size"]

@@ -140,7 +140,7 @@ def test_impossible_requests_are_refused_with_the_numbers(directory: Path) -> No
     running = engine(directory)
     with pytest.raises(CapacityError, match=r"595 tokens\) \+ max_tokens \(12\) = 607 .* \(600\)"):
         running.add(Request("a", (1,) * 595, GREEDY))
-    with pytest.raises(RequestError, match="token 192 .* vocabulary"):
+    with pytest.raises(RequestError, match=r"token 192 .* vocabulary"):
         running.add(Request("b", (1, 192), GREEDY))
     with pytest.raises(RequestError, match="at least one token"):
         running.add(Request("c", (), GREEDY))

@@ -388,7 +388,7 @@ def test_bad_arguments_are_named(
     ("change", "weights", "words"),
     [
         ({"moe_intermediate_size": 40}, "native", ["experts.w2", "multiple of 32", "40"]),
-        ({"vocab_size": 200}, "bf16", ["vocab_size 200", "280"]),
+        ({"vocab_size": 200}, "bf16", ["vocab_size 200", "279"]),
         ({"compress_ratios": [0, 0, 4, 128, 4, 128, 0, 0, 0]}, "bf16", ["DSpark"]),
         ({"o_groups": 3}, "bf16", ["num_attention_heads", "o_groups (3)"]),
     ],
