@@ -1,63 +1,166 @@
 """Requests and what comes back, in plain Python.
 
 Contract: the words the server, the engine and the offline API share. Torch-free; it knows neither text
-nor tensors.
+nor tensors. Names, defaults and meanings of sampling parameters follow vLLM's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from fourfold.core.errors import RequestError
 
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+
 
 class FinishReason(Enum):
     """Why a request ended."""
 
-    STOP = "stop"  # an end-of-sequence token
-    LENGTH = "length"  # max_tokens reached
+    STOP = "stop"  # an end-of-sequence token, a stop token or (found by the front) a stop string
+    LENGTH = "length"  # max_tokens or the context's end reached
+    ABORT = "abort"  # its client asked
     ERROR = "error"  # its logits were not finite
+
+
+def _expect(ok: bool, name: str, expected: str, found: object) -> None:
+    if not ok:
+        raise RequestError(f"{name} must be {expected}, found {found!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. `temperature` 0 is greedy; `seed` None takes the engine's.
+    """How to choose tokens.
 
-    Raises `RequestError` naming the field and its range.
+    `temperature` 0 is greedy; `seed` None takes one from the engine's; `max_tokens` None is what
+    remains of the context; `top_k` 0 or −1 is off. `logprobs` and `prompt_logprobs` ask for that many
+    alternatives (0: the token's own), at most 20. Raises `RequestError` naming the field.
     """
 
-    max_tokens: int = 16
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.max_tokens >= 1:
-            raise RequestError(f"max_tokens must be at least 1, found {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature must be at least 0, found {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed must be at least 0 and below 2^63, found {self.seed}")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, low, high, words in (
+            ("n", 1, 128, "an integer from 1 to 128"),
+            ("min_tokens", 0, math.inf, "a non-negative integer"),
+            ("top_k", -1, math.inf, "an integer of at least -1"),
+        ):
+            _expect(_is_int(getattr(self, name), low, high), name, words, getattr(self, name))
+        for name, low, high, words in (
+            ("temperature", 0.0, 100.0, "a number from 0 to 100"),
+            ("min_p", 0.0, 1.0, "a number from 0 to 1"),
+            ("presence_penalty", -2.0, 2.0, "a number from -2 to 2"),
+            ("frequency_penalty", -2.0, 2.0, "a number from -2 to 2"),
+        ):
+            value = getattr(self, name)
+            _expect(_is_number(value) and low <= value <= high, name, words, value)
+        for name, high in (("top_p", 1.0), ("repetition_penalty", math.inf)):
+            value = getattr(self, name)
+            words = "above 0 and at most 1" if high == 1 else "a number above 0"
+            _expect(_is_number(value) and 0 < value <= high, name, words, value)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or _is_int(value, 0, MAX_LOGPROBS)
+            _expect(ok, name, f"an integer from 0 to {MAX_LOGPROBS}", value)
+        for name, low in (("max_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            words = "an integer of at least 1" if low else "an integer from 0 to 2^63 - 1"
+            _expect(value is None or _is_int(value, low, 2**63 - 1), name, words, value)
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        stops = self.stop
+        ok = all(isinstance(s, str) and s for s in stops)
+        _expect(ok, "stop", "one or more texts that are not empty", list(stops))
+        ok = all(_is_int(t, 0) for t in self.stop_token_ids)
+        _expect(ok, "stop_token_ids", "a list of token ids", list(self.stop_token_ids))
+        ok = isinstance(self.logit_bias, Mapping) and len(self.logit_bias) <= MAX_BIASES
+        _expect(ok, "logit_bias", f"at most {MAX_BIASES} entries", type(self.logit_bias).__name__)
+        for token, bias in self.logit_bias.items():
+            _expect(_is_int(token, 0), "logit_bias", "a map from token ids", token)
+            ok = _is_number(bias) and -100 <= bias <= 100
+            _expect(ok, f"logit_bias[{token}]", "a number from -100 to 100", bias)
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt in tokens and how to continue it."""
+    """A prompt in tokens and how to continue it.
+
+    Lower `priority` runs first, equal ones first come first served. `cache_salt` separates prefix
+    caches. `image_positions` are prompt positions worth keeping a state image at, such as the one
+    before a chat's generation marker.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    cache_salt: str | None = None
+    image_positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities at one position: the token's own with its rank (1 is the likeliest), and
+    the likeliest alternatives in falling order."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step added to a request."""
+    """What one step added to one of a request's n sequences (`index`).
+
+    The first output of a sequence carries `cached_tokens` (prompt tokens not computed again),
+    `cache_miss` (why not more) and, if asked for, `prompt_logprobs` (None for the first token).
+    """
 
     request_id: str
     new_token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    index: int = 0
+    stop_reason: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
+    cache_miss: str | None = None
+    accepted_drafts: int = 0
+    error: str | None = None

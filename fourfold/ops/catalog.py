@@ -14,7 +14,7 @@ from fourfold.ops.quantize import quantize_activations
 from fourfold.ops.registry import Op
 from fourfold.ops.rope import rotate
 from fourfold.ops.rows import encode_rows, norm_rope_rows, store_rows
-from fourfold.ops.sampling import sample
+from fourfold.ops.sampling import adjust_logits, count_accepted, sample, token_logprobs
 
 OPS: tuple[Op, ...] = (
     embed,
@@ -41,5 +41,8 @@ OPS: tuple[Op, ...] = (
     shared_expert,
     moe,
     nonfinite_sequences,
+    adjust_logits,
     sample,
+    count_accepted,
+    token_logprobs,
 )

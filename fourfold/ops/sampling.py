@@ -1,12 +1,16 @@
 """From logits to tokens.
 
-Contract: rows are independent; the only randomness is the `uniform` argument, so a row's token depends
-on nothing but its own logits, parameters and number. Ties go to the lower token id.
+    logits ─ adjust (bias, penalties, barred tokens, masks) ─ temperature ─ min_p ─ top_k ─ top_p ─ pick
+
+Contract: rows are independent; the only randomness is a row's `uniform` number, so a row's token
+depends on nothing but its own logits, parameters and number. Equal logits are put in order of token
+id. A token whose logit is −∞ is never picked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,36 +18,156 @@ from torch import Tensor
 from fourfold.ops.registry import Case, CaseMaker, op
 
 
+@dataclass(frozen=True)
+class SamplingRows:
+    """Parameters of N rows, `[N]` each: temperature 0 is greedy, top_k 0 is off."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    uniform: Tensor
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """Changes to single logits, as lists of (row, token): `[M]` each, every pair at most once.
+
+    First l ← l / repetition where l > 0, else l · repetition; then l ← l + bias (which carries
+    logit_bias and the presence and frequency penalties; −∞ bars the token).
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    repetition: Tensor
+    bias: Tensor
+
+
+def _adjust_cases(make: CaseMaker) -> Iterator[Case]:
+    wide = torch.float32
+    pairs = torch.tensor([[0, 3], [0, 7], [2, 3], [2, 49]], device=make.device)
+    allowed = torch.ones(3, 50, dtype=torch.bool, device=make.device)
+    allowed[1, 10:] = False
+    yield Case(
+        "penalties, a barred token, a mask",
+        {
+            "logits": make.randn(3, 50, dtype=wide),
+            "adjustments": Adjustments(
+                rows=pairs[:, 0],
+                tokens=pairs[:, 1],
+                repetition=torch.tensor([1.0, 1.3, 0.8, 1.0], device=make.device),
+                bias=torch.tensor([-1.5, 0.0, 2.0, float("-inf")], device=make.device),
+            ),
+            "allowed": allowed,
+        },
+    )
+
+
+@op(_adjust_cases, differentiable=False)
+def adjust_logits(logits: Tensor, adjustments: Adjustments | None, allowed: Tensor | None) -> Tensor:
+    """`logits [N, V]` after single changes and with everything outside `allowed` at −∞.
+
+    `allowed` is bool `[V]` or `[N, V]`.
+    """
+    if adjustments is not None:
+        a = adjustments
+        value = logits[a.rows, a.tokens]
+        value = torch.where(value > 0, value / a.repetition, value * a.repetition) + a.bias
+        logits = logits.index_put((a.rows, a.tokens), value)
+    return logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+
+
 def _cases(make: CaseMaker) -> Iterator[Case]:
-    logits = make.randn(4, 50, scale=3.0, dtype=torch.float32)
+    def row(*values: float) -> Tensor:
+        return torch.tensor(values, device=make.device)
+
     yield Case(
         "greedy and sampled",
         {
-            "logits": logits,
-            "temperature": torch.tensor([0.0, 1.0, 0.7, 1.5], device=make.device),
-            "top_p": torch.tensor([1.0, 0.9, 1.0, 0.5], device=make.device),
-            "uniform": torch.tensor([0.5, 0.01, 0.99, 0.3], device=make.device),
+            "logits": make.randn(6, 50, scale=3.0, dtype=torch.float32),
+            "rows": SamplingRows(
+                temperature=row(0.0, 1.0, 0.7, 1.5, 1.0, 1.0),
+                top_p=row(1.0, 0.9, 1.0, 0.5, 1.0, 0.8),
+                top_k=torch.tensor([0, 0, 5, 0, 1, 10], device=make.device),
+                min_p=row(0.0, 0.0, 0.0, 0.0, 0.0, 0.05),
+                uniform=row(0.5, 0.01, 0.99, 0.3, 0.7, 0.6),
+            ),
         },
     )
 
 
 @op(_cases, differentiable=False)
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids int64 `[N]` from `logits [N, V]` float32; a token whose logit is −∞ is never picked.
+def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """Token ids int64 `[N]` from `logits [N, V]` float32.
 
-    `temperature [N]` 0 takes the largest logit. Otherwise tokens are put in falling order, cut to the
-    smallest set whose probability reaches `top_p [N]`, and the one at `uniform [N]` in [0, 1) of the
-    cumulative distribution is taken.
+    Probabilities at the row's temperature; those below min_p times the largest are dropped, then all
+    but the top_k likeliest, then all outside the smallest set that reaches top_p of what is left. The
+    token at `uniform` in [0, 1) of the remaining cumulative distribution, in falling order, is taken.
     """
-    greedy = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, 0]
-    scaled = logits / torch.where(temperature > 0, temperature, 1.0).unsqueeze(-1)
-    order = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    probability = torch.softmax(order.values.double(), dim=-1)
-    before = probability.cumsum(-1) - probability
-    kept = torch.where(before < top_p.unsqueeze(-1).double(), probability, 0.0)
-    cumulative = kept.cumsum(-1)
-    target = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    place = torch.minimum(place, (kept > 0).sum(-1, keepdim=True) - 1)
-    sampled = order.indices.gather(-1, place.clamp(min=0)).squeeze(-1)
-    return torch.where(temperature > 0, sampled, greedy)
+    order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    greedy = rows.temperature == 0
+    scale = torch.where(greedy, 1.0, rows.temperature).unsqueeze(-1)
+    probability = torch.softmax(order.values.double() / scale.double(), dim=-1)
+    place = torch.arange(logits.shape[-1], device=logits.device)
+    kept = probability >= rows.min_p.unsqueeze(-1).double() * probability[:, :1]
+    limit = torch.where(rows.top_k > 0, rows.top_k, logits.shape[-1]).unsqueeze(-1)
+    kept = kept & (place < limit) & (probability > 0)
+    probability = torch.where(kept, probability, 0.0)
+    total = probability.sum(-1, keepdim=True)
+    before = (probability.cumsum(-1) - probability) / total
+    kept = kept & (before < rows.top_p.unsqueeze(-1).double())
+    cumulative = torch.where(kept, probability, 0.0).cumsum(-1)
+    target = rows.uniform.double().unsqueeze(-1) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    index = torch.minimum(index, kept.sum(-1, keepdim=True) - 1).clamp(min=0)
+    index = torch.where(greedy.unsqueeze(-1), 0, index)
+    return order.indices.gather(-1, index).squeeze(-1)
+
+
+def _verify_cases(make: CaseMaker) -> Iterator[Case]:
+    def ids(*values: list[int]) -> Tensor:
+        return torch.tensor(values, device=make.device)
+
+    yield Case(
+        "none, some, all",
+        {
+            "sampled": ids([4, 5, 6, 7], [4, 5, 6, 7], [4, 5, 6, 7], [1, 2, 3, 4]),
+            "drafts": ids([9, 5, 6], [4, 9, 6], [4, 5, 6], [-1, -1, -1]),
+        },
+    )
+
+
+@op(_verify_cases, differentiable=False)
+def count_accepted(sampled: Tensor, drafts: Tensor) -> Tensor:
+    """How many drafts stand, int64 `[N]`: the leading ones that equal what was sampled there.
+
+    `sampled [N, k+1]` are tokens drawn from the model's own distribution at each position as if there
+    were no drafts; `drafts [N, k]`, −1 where there is none. Draft i stands if all before it do and
+    sampled[i] = draft[i]. As drafts are fixed before the draw, a standing run of tokens is exactly
+    what would have been sampled one at a time: speculation changes nothing but the number of steps.
+    """
+    return (sampled[:, : drafts.shape[1]] == drafts).to(torch.int64).cumprod(-1).sum(-1)
+
+
+def _logprob_cases(make: CaseMaker) -> Iterator[Case]:
+    yield Case(
+        "3 of 50",
+        {
+            "logits": make.randn(4, 50, scale=2.0, dtype=torch.float32),
+            "tokens": torch.tensor([0, 7, 49, 3], device=make.device),
+            "count": 3,
+        },
+    )
+
+
+@op(_logprob_cases, differentiable=False)
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the model's unadjusted `logits [N, V]`: the log probability `[N]` and rank `[N]` (1 is the
+    likeliest) of `tokens [N]`, and the `count` likeliest tokens `[N, count]` with theirs."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(-1, tokens.unsqueeze(-1))
+    rank = (logprobs > own).sum(-1) + 1
+    top = torch.sort(logprobs, dim=-1, descending=True, stable=True)
+    return own.squeeze(-1), rank, top.indices[:, :count], top.values[:, :count]

@@ -26,9 +26,10 @@ def scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def refuse_bad_scales(scale: Tensor, name: str) -> None:
     """Raise `QuantizationError` if a scale is NaN, infinite, negative or zero."""
-    values = scale_values(scale, torch.float32)
-    bad = ~torch.isfinite(values) | (values <= 0)
+    # A byte other than 255 is a positive power of two; there can be billions of them.
+    bad = scale == 255 if scale.dtype == torch.uint8 else ~(torch.isfinite(scale) & (scale > 0))
     if bool(bad.any()):
+        values = scale_values(scale, torch.float32)
         first = [int(i) for i in bad.nonzero()[0]]
         raise QuantizationError(
             f"{name}: scale at {first} is {float(values[tuple(first)])}; "

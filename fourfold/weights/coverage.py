@@ -116,13 +116,13 @@ def _fold_mismatches(mismatches: Iterable[Mismatch]) -> list[str]:
         groups[mismatch.reason].append(mismatch)
     rows = []
     for reason, members in groups.items():
-        first = members[0].header
-        where = f"{first.file}, byte {first.offset_begin}"
         if len(members) == 1:
             rows.append(str(members[0]))
             continue
-        for name in fold(mismatch.header.name for mismatch in members):
-            rows.append(f"{name} {reason} (the first in {where})")
+        first = members[0].header
+        names = fold(mismatch.header.name for mismatch in members)
+        rows.append(f"{names[0]} {reason} (the first in {first.file}, byte {first.offset_begin})")
+        rows += [f"{name} {reason}" for name in names[1:]]
     return rows
 
 
@@ -234,11 +234,9 @@ class Matching:
 
     def _assign(self, stored: Stored, place: Place, half: int, header: TensorHeader) -> None:
         part = stored.weights if place.part is Part.WEIGHT else stored.scales
-        twin = part.get(place.expert)
-        if twin is None and stored.spec.role in EXPERT_ROLES:
-            # One tensor cannot be a stack and a single expert's at once.
-            others = [h for key, h in part.items() if (key is None) != place.fused]
-            twin = others[0] if others else None
+        # A stack holds every expert, so it and a single expert's tensor exclude each other.
+        any_expert = next(iter(part.values()), None)
+        twin = any_expert if place.fused else part.get(place.expert, part.get(None))
         if twin is not None:
             self.wrong(header, f"is the same parameter as {printable(twin.name)} ({twin.file})")
             return

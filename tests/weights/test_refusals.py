@@ -220,3 +220,25 @@ def test_folding_loses_no_name() -> None:
     ]
     assert fold([]) == []
     assert fold(["layers.3.x"]) == ["layers.3.x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (SCALE, torch.ones(2, 1).byte(), "has shape [2, 1], expected [1, 2]"),
+        (SCALE, torch.ones(1, 2), "is F32, expected F8_E8M0 or U8"),
+        (W1_SCALE, torch.zeros(96, 10, dtype=torch.uint8), "has shape [96, 10], expected [96, 5]"),
+        (W1, torch.zeros(96, 160, dtype=torch.int8), "has shape [96, 160], expected [96, 80]"),
+    ],
+)
+def test_codes_and_scales_are_checked_whatever_was_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tensor: Tensor, message: str
+) -> None:
+    """How weights are stored is decided elsewhere; that the bytes are there is the loader's word."""
+    written = write(CONFIG)
+    (tmp_path / "good").mkdir()
+    resolution = open_checkpoint(written.save(tmp_path / "good"), CONFIG).resolution
+    monkeypatch.setattr("fourfold.weights.loader.resolve", lambda *arguments: resolution)
+    written.tensors[name] = tensor
+    error = refused(written.save(tmp_path), f"{name} {message}", "1 mismatched")
+    assert isinstance(error, CoverageError)

@@ -1,0 +1,77 @@
+"""One sequence of a request while the engine holds it.
+
+Contract: plain host data; the scheduler owns the placement (pages, slot), the engine the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fourfold.cache.image import StateImage
+from fourfold.core.batch import PAGE_TOKENS
+from fourfold.core.request import Request
+
+
+@dataclass
+class Sequence:
+    """A prompt and what was generated from it so far.
+
+    The first `num_computed_tokens` of `token_ids` are in the state; of a decoding sequence that is
+    all but the last. `drafts` are guesses at the tokens after it. `max_tokens` is resolved.
+    """
+
+    request: Request
+    index: int
+    arrival: int
+    seed: int
+    max_tokens: int
+    root: bytes  # of its hash chain
+    token_ids: list[int]
+    num_computed_tokens: int = 0
+    drafts: list[int] = field(default_factory=list)
+    # where its state is
+    block_ids: list[int] = field(default_factory=list)
+    chain: list[bytes] = field(default_factory=list)  # hashes of its committed full pages
+    state_slot: int = -1
+    fold_version: int = 0
+    saved: StateImage | None = None  # while preempted
+    # what its client learns
+    cached_tokens: int = 0
+    cache_miss: str | None = None
+    reported: bool = False  # an output was sent
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller runs first."""
+        return self.request.priority, self.arrival
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all known tokens but the last are in the state."""
+        return self.num_output_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
+
+    def next_image_position(self, interval: int) -> int | None:
+        """The next position at which prefill should stop to keep an image, if any.
+
+        Those the request names, multiples of `interval`, and the last position from which the prompt
+        can be resumed, one before its end.
+        """
+        computed, last = self.num_computed_tokens, self.num_prompt_tokens - 1
+        wanted = [p for p in (*self.request.image_positions, last) if computed < p <= last]
+        regular = (computed // interval + 1) * interval
+        if regular <= last:
+            wanted.append(regular)
+        return min(wanted, default=None)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` source tokens."""
+    return -(-tokens // PAGE_TOKENS)
