@@ -44,7 +44,6 @@ NO_EFFECT = {
     "port": "generate opens no port",
     "level": "there is no compilation level",
     "cudagraph_capture_sizes": "no graphs are captured yet",
-    "enable_prefix_caching": "there is no prefix cache yet",
     "enable_dp_attention": "it needs data parallelism",
 }
 
@@ -175,7 +174,32 @@ engine_options = _stack(
         click.option("--port", type=int, hidden=True),
         click.option("--level", type=int, hidden=True),
         click.option("--cudagraph-capture-sizes", hidden=True),
-        click.option("--enable-prefix-caching", is_flag=True, hidden=True),
+        click.option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            default=True,
+            show_default=True,
+            help="Reuse the state of prompts that begin alike.",
+        ),
+        click.option(
+            "--state-interval",
+            type=click.IntRange(1),
+            default=4096,
+            show_default=True,
+            help="Prompt tokens between two kept state images.",
+        ),
+        click.option(
+            "--method", type=click.Choice(["mtp"]), help="Draft tokens with the MTP layer."
+        ),
+        click.option(
+            "--num-speculative-tokens",
+            type=click.IntRange(1, 3),
+            help="Drafts a step.  [default: 1 with --method]",
+        ),
+        click.option(
+            "--speculative-config",
+            metavar="JSON",
+            help='The same as JSON: {"method": "mtp", "num_speculative_tokens": 3}.',
+        ),
         click.option("--enable-dp-attention", is_flag=True, hidden=True),
     ]
 )
@@ -202,18 +226,51 @@ def _engine_config(flags: dict[str, Any], seed: int) -> EngineConfig:
         max_num_batched_tokens=flags["max_num_batched_tokens"],
         gpu_memory_utilization=flags["gpu_memory_utilization"],
         enforce_eager=flags["enforce_eager"],
+        num_speculative_tokens=_num_drafts(flags),
         expert_dtype=flags["expert_dtype"].replace("-", "_"),
         kernels=_kernel_overrides(flags["kernels"]),
         seed=seed,
         cache=CacheConfig(
             kv_cache_dtype=_cache_dtype(flags["kv_cache_dtype"]),
             index_cache_dtype=_cache_dtype(flags["index_cache_dtype"]),
+            enable_prefix_caching=flags["enable_prefix_caching"],
+            state_interval=flags["state_interval"],
         ),
         parallel=ParallelConfig(
             tensor_parallel_size=ranks,
             expert_parallel_size=ranks if flags["enable_expert_parallel"] else 1,
         ),
     )
+
+
+def _num_drafts(flags: dict[str, Any]) -> int:
+    """Draft tokens a step from `--speculative-config` or the two plain flags; 0 without either."""
+    method, count, text = (
+        flags["method"],
+        flags["num_speculative_tokens"],
+        flags["speculative_config"],
+    )
+    if text is None:
+        if count is not None and method is None:
+            raise ConfigError("--num-speculative-tokens needs --method mtp")
+        return 0 if method is None else count or 1
+    if method is not None or count is not None:
+        raise ConfigError("--speculative-config stands for --method and --num-speculative-tokens")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--speculative-config is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("method") != "mtp":
+        raise ConfigError(f'--speculative-config needs "method": "mtp", found {text}')
+    unknown = set(config) - {"method", "num_speculative_tokens"}
+    if unknown:
+        raise ConfigError(f"--speculative-config: unknown {', '.join(sorted(unknown))}")
+    count = config.get("num_speculative_tokens", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 3:
+        raise ConfigError(
+            f"--speculative-config: num_speculative_tokens must be 1 to 3, found {count}"
+        )
+    return count
 
 
 def _cache_dtype(name: str) -> str:
@@ -351,10 +408,11 @@ def _start(config: EngineConfig, device_name: str, quiet: bool) -> tuple[Engine,
             click.echo(line, err=True)
         click.echo(
             f"{location.name} on {device.name} in {loaded.dtype}, loaded in "
-            f"{time.perf_counter() - began:.1f} s; cache for {engine.num_pages} pages of 256 "
-            f"tokens, requests up to {engine.max_model_len} tokens",
+            f"{time.perf_counter() - began:.1f} s; requests up to "
+            f"{engine.capacity.max_model_len} tokens",
             err=True,
         )
+        click.echo("\n".join(engine.capacity.describe()), err=True)
     return engine, tokenizer
 
 

@@ -77,7 +77,9 @@ class PrefixCache:
         """Bytes of images in device and in host memory."""
         return self._sizes[0], self._sizes[1]
 
-    def add(self, root: bytes, chain: Sequence[bytes], tail: Sequence[int], image: StateImage) -> None:
+    def add(
+        self, root: bytes, chain: Sequence[bytes], tail: Sequence[int], image: StateImage
+    ) -> None:
         """Keep `image`: it stands on the full pages of `chain`, then on the tokens `tail`."""
         if not self.enabled or not image.position:
             return
@@ -111,7 +113,9 @@ class PrefixCache:
                 break
             chain.append(digest)
         if best is None:
-            return Hit(None, miss=(reason or "no state image below the prompt's end") if limit else None)
+            return Hit(
+                None, miss=(reason or "no state image below the prompt's end") if limit else None
+            )
         key, position = best
         entry = self._touch(key)
         pages = tuple(self.pages.share(d) for d in entry.chain)

@@ -302,12 +302,19 @@ class CacheConfig:
     """Paged caches. `page_size` counts source tokens and is a multiple of every compress ratio, so
     that a page holds whole rows of every layer; `num_pages` None means as many as memory allows.
     Dtype "auto" lets the engine choose by device; "fp8" is the rounded format the model was trained
-    with, the others store rows as they are."""
+    with, the others store rows as they are. A state image is kept every `state_interval` tokens; the
+    last three fields bound images in device memory, in host memory, and those of preempted requests
+    (host memory), in bytes."""
 
     page_size: int = 256
     kv_cache_dtype: str = "auto"
     index_cache_dtype: str = "auto"
     num_pages: int | None = None
+    enable_prefix_caching: bool = True
+    state_interval: int = 4096
+    device_image_bytes: int = 1 << 30
+    host_image_bytes: int = 4 << 30
+    preempt_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         expect_int("page_size", self.page_size)
@@ -317,6 +324,10 @@ class CacheConfig:
         expect_choice("index_cache_dtype", self.index_cache_dtype, CACHE_DTYPES)
         if self.num_pages is not None:
             expect_int("num_pages", self.num_pages)
+        expect_bool("enable_prefix_caching", self.enable_prefix_caching)
+        expect_int("state_interval", self.state_interval)
+        for name in ("device_image_bytes", "host_image_bytes", "preempt_bytes"):
+            expect_int(name, getattr(self, name), minimum=0)
 
 
 @dataclass(frozen=True)
@@ -365,6 +376,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    num_speculative_tokens: int = 0
     expert_dtype: str = "auto"
     kernels: Mapping[str, str] = field(default_factory=FrozenDict)
     seed: int = 0
@@ -382,6 +394,9 @@ class EngineConfig:
         expect_positive("gpu_memory_utilization", share)
         expect(share <= 1, "gpu_memory_utilization", "at most 1", share)
         expect_bool("enforce_eager", self.enforce_eager)
+        drafts = self.num_speculative_tokens
+        expect_int("num_speculative_tokens", drafts, minimum=0)
+        expect(drafts <= 3, "num_speculative_tokens", "at most 3", drafts)
         expect_choice("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
         object.__setattr__(self, "kernels", freeze(self.kernels))
         expect_int("seed", self.seed, minimum=0)

@@ -75,14 +75,14 @@ class SamplingParams:
             ("top_k", -1, math.inf, "an integer of at least -1"),
         ):
             _expect(_is_int(getattr(self, name), low, high), name, words, getattr(self, name))
-        for name, low, high, words in (
+        for name, least, most, words in (
             ("temperature", 0.0, 100.0, "a number from 0 to 100"),
             ("min_p", 0.0, 1.0, "a number from 0 to 1"),
             ("presence_penalty", -2.0, 2.0, "a number from -2 to 2"),
             ("frequency_penalty", -2.0, 2.0, "a number from -2 to 2"),
         ):
             value = getattr(self, name)
-            _expect(_is_number(value) and low <= value <= high, name, words, value)
+            _expect(_is_number(value) and least <= value <= most, name, words, value)
         for name, high in (("top_p", 1.0), ("repetition_penalty", math.inf)):
             value = getattr(self, name)
             words = "above 0 and at most 1" if high == 1 else "a number above 0"

@@ -1,28 +1,42 @@
 """The step loop: requests in, tokens out.
 
-Contract: `add` queues a request, `step` runs one batch and says what it added to whom. One thread, no
-hidden state; given the same requests with the same seeds it gives the same tokens, whatever else runs.
-It knows token ids only; text is the caller's.
+Contract: `add` queues a request, `step` runs one batch and says what it added to whom, `abort` may come
+at any moment between. One thread, no hidden state; a request gets the same tokens whatever else runs,
+however it is cut, preempted, resumed or drafted for. It knows token ids only; text is the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
+from fourfold.cache.pages import chain_root
 from fourfold.cache.pool import allocate
-from fourfold.cache.rows import page_bytes, ring_rows, row_formats, slot_bytes
+from fourfold.cache.prefix import PrefixCache
+from fourfold.cache.rows import row_formats
 from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.config import EngineConfig
-from fourfold.core.errors import CapacityError, RequestError
+from fourfold.core.errors import RequestError
 from fourfold.core.request import FinishReason, Request, RequestOutput
 from fourfold.engine.loading import LoadedModel
-from fourfold.engine.runner import Runner, uniform
-from fourfold.engine.scheduler import Scheduler, Sequence
+from fourfold.engine.memory import Capacity, plan_memory
+from fourfold.engine.runner import Runner, RunResult
+from fourfold.engine.scheduler import Limits, Run, Scheduler
+from fourfold.engine.sequence import Sequence
 
-CPU_CACHE_BYTES = 4 << 30  # for pages, when there is no GPU whose memory says how much
-WORKSPACE_BYTES = 2 << 30  # kept free on a GPU for a step's intermediates
+
+@dataclass
+class Stats:
+    """Counts since the engine started."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    drafted: list[int] = field(default_factory=list)  # by draft position
+    accepted: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -38,30 +52,45 @@ class Engine:
         allowed_token_ids: Iterable[int] | None = None,
     ):
         self.config, self.loaded = config, loaded
-        model = loaded.config
-        self.formats = row_formats(
+        model, device = loaded.config, loaded.device.torch_device
+        formats = row_formats(
             model, loaded.dtype, config.cache.kv_cache_dtype, config.cache.index_cache_dtype
         )
-        self.num_pages, self.max_model_len = self._capacity()
+        self.capacity: Capacity = plan_memory(config, model, formats, loaded.device)
+        drafts, slots = config.num_speculative_tokens, config.max_num_seqs
         state = allocate(
-            model,
-            self.formats,
-            self.num_pages,
-            config.max_num_seqs,
-            loaded.dtype,
-            loaded.device.torch_device,
+            model, formats, self.capacity.num_pages, slots, loaded.dtype, device, drafts
         )
         self.runner = Runner(
             loaded.model,
             state,
-            ring_rows(model),
-            loaded.device.torch_device,
+            slots,
+            device,
             _allowed(allowed_token_ids, model.vocab_size),
+            drafts,
         )
-        self.scheduler = Scheduler(
-            config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, self.num_pages
+        cache = PrefixCache(
+            self.capacity.num_pages,
+            config.cache.device_image_bytes,
+            config.cache.host_image_bytes,
+            enabled=config.cache.enable_prefix_caching,
         )
-        self.num_requests = 0
+        limits = Limits(
+            max_num_seqs=slots,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.capacity.max_model_len,
+            num_drafts=drafts,
+            image_interval=config.cache.state_interval,
+            preempt_bytes=config.cache.preempt_bytes,
+            page_bytes=self.capacity.page_bytes,
+            slot_bytes=self.capacity.slot_bytes,
+        )
+        self.scheduler = Scheduler(limits, cache)
+        self.stats = Stats(drafted=[0] * drafts, accepted=[0] * drafts)
+        self.fingerprint = repr((loaded.identity, model, loaded.dtype, formats, drafts > 0))
+        self._requests: dict[str, list[Sequence]] = {}
+        self._held: dict[str, list[Sequence]] = {}  # sequences that wait for their first one
+        self._arrivals = 0
 
     @property
     def has_work(self) -> bool:
@@ -69,41 +98,39 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request; raises `RequestError` or `CapacityError` if it cannot run."""
-        vocabulary = self.loaded.config.vocab_size
-        for token in request.prompt_token_ids:
-            if not 0 <= token < vocabulary:
-                raise RequestError(f"prompt token {token} is outside the vocabulary ({vocabulary})")
-        seed = request.params.seed
-        if seed is None:
-            seed = (self.config.seed << 32) + self.num_requests
-        self.num_requests += 1
-        self.scheduler.add(Sequence(request, seed, list(request.prompt_token_ids)))
+        if request.request_id in self._requests:
+            raise RequestError(f"a request with id {request.request_id!r} is running already")
+        self._check_tokens(request)
+        first, *others = (self._sequence(request, index) for index in range(request.params.n))
+        self.scheduler.admit(first)
+        self._requests[request.request_id] = [first, *others]
+        if others:
+            # They start from the first one's state image, so that the prompt runs once.
+            self._held[request.request_id] = others
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and free all it holds; whether there was one."""
+        sequences = self._requests.pop(request_id, None)
+        if sequences is None:
+            return False
+        held = self._held.pop(request_id, [])
+        self.scheduler.abort([s for s in sequences if s not in held])
+        return True
 
     def step(self) -> list[RequestOutput]:
-        """Run one batch; what it added to each request that gained a token or ended."""
+        """Run one batch; what it added to each sequence that gained a token or ended."""
         step = self.scheduler.schedule()
-        sampling = [
-            s
-            for s, run in zip(step.sequences, step.batch.sequences, strict=True)
-            if run.logits_from < len(run)
-        ]
-        ids, nonfinite = self.runner.run(
-            step.batch,
-            [s.request.params.temperature for s in sampling],
-            [s.request.params.top_p for s in sampling],
-            [uniform(s.seed, len(s.token_ids)) for s in sampling],
-        )
-        sampled = iter(ids)
+        for saving in step.savings:
+            self.scheduler.saved(saving.sequence, self.runner.save(saving))
+        self.runner.restore(step.restorings)
+        if not step.runs:
+            return []
+        self.stats.num_steps += 1
         outputs = []
-        for sequence, run, bad in zip(step.sequences, step.batch.sequences, nonfinite, strict=True):
-            sequence.num_computed_tokens += len(run)
-            token = next(sampled) if run.logits_from < len(run) else None
-            if bad:
-                self.scheduler.finish(sequence)
-                name = sequence.request.request_id
-                outputs.append(RequestOutput(name, (), FinishReason.ERROR))
-            elif token is not None:
-                outputs.append(self._append(sequence, token))
+        for run, result in zip(step.runs, self.runner.run(step.runs), strict=True):
+            output = self._commit(run, result)
+            if output is not None:
+                outputs.append(output)
         return outputs
 
     def run(self) -> Iterator[RequestOutput]:
@@ -111,50 +138,132 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
-    def _append(self, sequence: Sequence, token: int) -> RequestOutput:
-        sequence.token_ids.append(token)
-        params, reason = sequence.request.params, None
-        if token == self.loaded.config.eos_token_id and not params.ignore_eos:
-            reason = FinishReason.STOP
-        elif sequence.num_output_tokens == params.max_tokens:
-            reason = FinishReason.LENGTH
+    def reset_prefix_cache(self) -> None:
+        """Give up all cached pages and images that nobody uses."""
+        self.scheduler.cache.forget()
+
+    def _check_tokens(self, request: Request) -> None:
+        vocabulary = self.loaded.config.vocab_size
+        for what, tokens in (
+            ("prompt token", request.prompt_token_ids),
+            ("stop_token_ids:", request.params.stop_token_ids),
+            ("logit_bias:", request.params.logit_bias),
+        ):
+            for token in tokens:
+                if not 0 <= token < vocabulary:
+                    raise RequestError(f"{what} {token} is outside the vocabulary ({vocabulary})")
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        params, prompt = request.params, len(request.prompt_token_ids)
+        self._arrivals += 1
+        seed = params.seed
+        if seed is None:
+            seed = (self.config.seed << 32) + self._arrivals
+        room = self.capacity.max_model_len - prompt
+        return Sequence(
+            request=request,
+            index=index,
+            arrival=self._arrivals,
+            seed=(seed + index) % 2**64,
+            max_tokens=max(room, 1) if params.max_tokens is None else params.max_tokens,
+            stop_ids=(
+                *(() if params.ignore_eos else (self.loaded.config.eos_token_id,)),
+                *params.stop_token_ids,
+            ),
+            root=chain_root(self.fingerprint, request.cache_salt),
+            token_ids=list(request.prompt_token_ids),
+        )
+
+    def _commit(self, run: Run, result: RunResult) -> RequestOutput | None:
+        """Take a run's result into its sequence."""
+        sequence = run.sequence
+        if not result.finite:
+            self._end(sequence)
+            error = "the model's numbers were not finite"
+            return self._output(sequence, (), FinishReason.ERROR, error=error)
+        if sequence.request.params.prompt_logprobs is not None:
+            begin = sequence.num_computed_tokens + 1
+            sequence.prompt_logprobs[begin:] = result.prompt_logprobs
+        accepted = 0
+        if sequence.is_decoding:
+            accepted = len(result.token_ids) - 1
+            self._count_drafts(run.count - 1, accepted)
+            sequence.num_computed_tokens += len(result.token_ids)
+            sequence.fold_version = accepted
+        else:
+            sequence.num_computed_tokens += run.count
+            sequence.fold_version = 0
+        sequence.token_ids += result.token_ids
+        sequence.drafts = list(result.drafts[: max(sequence.drafts_wanted, 0)])
+        self.scheduler.commit(sequence)
+        reason = sequence.finish_reason() if run.samples else None
+        if run.keep_image or reason:
+            self._keep_image(sequence)
+        self._release_held(sequence, reason)
+        self.stats.generation_tokens += len(result.token_ids)
         if reason:
-            self.scheduler.finish(sequence)
-        return RequestOutput(sequence.request.request_id, (token,), reason)
+            self._end(sequence)
+        if not result.token_ids:
+            return None
+        return self._output(sequence, result, reason, accepted=accepted)
 
-    def _capacity(self) -> tuple[int, int]:
-        """Pages to allocate, and the longest sequence a request may reach (tokens)."""
-        config, model = self.config, self.loaded.config
-        per_page = page_bytes(model, self.formats)
-        fixed = config.max_num_seqs * slot_bytes(model, self.formats)
-        budget = self._cache_budget() - fixed
-        longest = config.max_model_len or model.max_position_embeddings
-        if longest > model.max_position_embeddings:
-            raise CapacityError(
-                f"--max-model-len {longest} exceeds the model's max_position_embeddings "
-                f"({model.max_position_embeddings})"
-            )
-        fits = budget // per_page if per_page else longest
-        pages = min(fits, config.max_num_seqs * -(-longest // PAGE_TOKENS))
-        if config.cache.num_pages is not None:
-            pages = config.cache.num_pages
-        if pages < 1 or (config.max_model_len and pages * PAGE_TOKENS < longest):
-            raise CapacityError(
-                f"the cache has room for {max(pages, 0) * PAGE_TOKENS} tokens after "
-                f"{fixed / 2**20:.0f} MiB for {config.max_num_seqs} sequences; one sequence of "
-                f"{config.max_model_len or PAGE_TOKENS} tokens does not fit: lower --max-model-len "
-                "or --max-num-seqs"
-            )
-        return pages, min(longest, pages * PAGE_TOKENS)
+    def _count_drafts(self, drafted: int, accepted: int) -> None:
+        for position in range(drafted):
+            self.stats.drafted[position] += 1
+            self.stats.accepted[position] += position < accepted
 
-    def _cache_budget(self) -> int:
-        """Bytes for rings, folds and pages."""
-        device = self.loaded.device.torch_device
-        if device.type == "cpu":
-            return CPU_CACHE_BYTES
-        free, total = torch.cuda.mem_get_info(device)
-        unusable = total * (1 - self.config.gpu_memory_utilization)
-        return int(free - unusable - WORKSPACE_BYTES)
+    def _keep_image(self, sequence: Sequence) -> None:
+        cache = self.scheduler.cache
+        if cache.enabled:
+            full = sequence.num_computed_tokens // PAGE_TOKENS
+            tail = sequence.token_ids[full * PAGE_TOKENS : sequence.num_computed_tokens]
+            cache.add(sequence.root, sequence.chain[:full], tail, self.runner.image(sequence))
+
+    def _release_held(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        """Let a request's other sequences start once the first one's prompt is done."""
+        if sequence.num_output_tokens or reason:
+            for other in self._held.pop(sequence.request.request_id, ()):
+                self.scheduler.admit(other)
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self._release_held(sequence, FinishReason.ERROR)
+        request_id = sequence.request.request_id
+        rest = [s for s in self._requests.get(request_id, ()) if s is not sequence]
+        if rest:
+            self._requests[request_id] = rest
+        else:
+            self._requests.pop(request_id, None)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        result: RunResult | tuple[()],
+        reason: FinishReason | None,
+        accepted: int = 0,
+        error: str | None = None,
+    ) -> RequestOutput:
+        first = not sequence.reported
+        sequence.reported = True
+        wants_prompt = first and sequence.request.params.prompt_logprobs is not None
+        tokens = result.token_ids if isinstance(result, RunResult) else ()
+        stopped = reason is FinishReason.STOP and tokens and tokens[-1]
+        if first:
+            self.stats.prompt_tokens += sequence.num_prompt_tokens
+            self.stats.cached_tokens += sequence.cached_tokens
+        return RequestOutput(
+            request_id=sequence.request.request_id,
+            new_token_ids=tokens,
+            finish_reason=reason,
+            index=sequence.index,
+            stop_reason=tokens[-1] if stopped else None,
+            logprobs=result.logprobs if isinstance(result, RunResult) else (),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if wants_prompt else None,
+            cached_tokens=sequence.cached_tokens,
+            cache_miss=sequence.cache_miss,
+            accepted_drafts=accepted,
+            error=error,
+        )
 
 
 def _allowed(token_ids: Iterable[int] | None, vocab_size: int) -> torch.Tensor | None:

@@ -36,6 +36,7 @@ class LoadedModel:
     kernel_plan: KernelPlan
     checkpoint: CheckpointPlan
     notes: tuple[str, ...]
+    identity: str  # of the checkpoint: what a cache's content is bound to
 
 
 def load_model(
@@ -49,6 +50,11 @@ def load_model(
             "are not supported yet: the engine runs on one device"
         )
     reading = ModelConfig.from_directory(location.directory)
+    if config.num_speculative_tokens and not reading.config.num_nextn_predict_layers:
+        raise ConfigError(
+            "--num-speculative-tokens needs an MTP layer, and this checkpoint has none "
+            "(num_nextn_predict_layers is 0)"
+        )
     plan = KernelPlan.resolve(
         OPS, kernels.load(device), device, reading.config, dict(config.kernels)
     )
@@ -61,4 +67,7 @@ def load_model(
     if reading.unknown_keys:
         notes.append("config.json keys not used: " + ", ".join(reading.unknown_keys))
     notes.extend(checkpoint.notes)
-    return LoadedModel(model, reading.config, dtype, device, plan, checkpoint, tuple(notes))
+    identity = f"{location.directory}@{location.revision}"
+    return LoadedModel(
+        model, reading.config, dtype, device, plan, checkpoint, tuple(notes), identity
+    )

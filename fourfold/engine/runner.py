@@ -1,28 +1,49 @@
-"""Runs one step on the device: batch in, sampled tokens out.
+"""Carries out a step on the device: saves and restores state, runs the model, samples, drafts.
 
-Contract: the only place that calls the model. Random numbers are a function of a request's seed and
-the token's absolute position, never of the batch. Token ids that `allowed` excludes are never picked.
+Contract: the only place that calls the model. A run's tokens are the next known ones, then its drafts;
+a sampling run gets one logits row for its last known token and one for each draft. What is sampled at
+a position depends on the sequence alone (its tokens, parameters, seed). Draft tokens that do not stand
+leave nothing behind that a later step reads: their ring rows and compressed rows lie beyond every
+visible position until they are written again, and folds are kept for every draft position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.core.batch import ScheduledBatch, lower
+from fourfold.cache.image import Place, StateImage, capture, restore
+from fourfold.cache.rows import ring_rows
+from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower
+from fourfold.core.request import TokenLogprobs
 from fourfold.core.state import ModelState
+from fourfold.engine.sampler import Sampler, drafts_of
+from fourfold.engine.scheduler import Restoring, Run, Saving
+from fourfold.engine.sequence import Sequence
+from fourfold.model.parts import ForwardOutput
 from fourfold.model.v4 import DeepseekV4
 
-SAMPLING = 0  # purpose of a random number; others are kept for later uses of the same position
+PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once
 
 
-def uniform(seed: int, position: int, purpose: int = SAMPLING) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (Philox, counter-based)."""
-    bits = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=position)
-    return float(np.random.Generator(bits).random())
+@dataclass(frozen=True)
+class RunResult:
+    """What a run brought: tokens sampled (none: the run did not sample), whether its numbers were
+    finite, drafts after the last token, and log probabilities where asked for."""
+
+    token_ids: tuple[int, ...] = ()
+    finite: bool = True
+    drafts: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def standing(run: Run, sampled: Seq[int]) -> int:
+    """How many of a run's tokens stand after it sampled `sampled`: all but its rejected drafts."""
+    return len(sampled) if run.sequence.is_decoding else run.count
 
 
 class Runner:
@@ -32,35 +53,194 @@ class Runner:
         self,
         model: DeepseekV4,
         state: ModelState,
-        ring_rows: int,
+        num_slots: int,
         device: torch.device,
         allowed: Tensor | None,
+        num_drafts: int = 0,
     ):
+        config, table = model.config, model.embed.table
         self.model, self.state, self.device = model, state, device
-        self.ring_rows = ring_rows
-        self.barred = None if allowed is None else ~allowed.to(device)
+        self.num_drafts, self.versions = num_drafts, 1 + num_drafts
+        self.ring_rows = ring_rows(config, num_drafts)
+        self.allowed = None if allowed is None else allowed.to(device)
+        self.sampler = Sampler(model.ops, self.allowed, device)
+        # Streams of each slot's last committed token: images hold them, the MTP layer resumes on them.
+        shape = (num_slots, config.hc_mult, config.hidden_size)
+        self.last_streams = torch.zeros(shape, dtype=table.dtype, device=device)
 
     @torch.inference_mode()
-    def run(
-        self,
-        scheduled: ScheduledBatch,
-        temperature: Sequence[float],
-        top_p: Sequence[float],
-        uniforms: Sequence[float],
-    ) -> tuple[list[int], list[bool]]:
-        """Sampled ids, one for each logits row, and whether each sequence met a non-finite number."""
-        config = self.model.config
-        batch = lower(scheduled, config.compress_ratios, self.ring_rows, self.device)
+    def save(self, saving: Saving) -> StateImage:
+        """A preempted sequence's state, pages included, in host memory."""
+        place = self._place(saving.state_slot, saving.fold_version, saving.block_ids)
+        place = replace(place, carry=len(saving.block_ids))
+        position = saving.sequence.num_computed_tokens
+        image = capture(self.state, place, position, self.last_streams[saving.state_slot])
+        return image.to(torch.device("cpu"))
+
+    @torch.inference_mode()
+    def image(self, sequence: Sequence) -> StateImage:
+        """The state of a running sequence at its `num_computed_tokens`."""
+        place = self._place(sequence.state_slot, sequence.fold_version, sequence.block_ids)
+        streams = self.last_streams[sequence.state_slot]
+        return capture(self.state, place, sequence.num_computed_tokens, streams)
+
+    @torch.inference_mode()
+    def restore(self, restorings: Seq[Restoring]) -> None:
+        """Write images to their sequences' places, and compute the MTP rows they could not hold."""
+        for each in restorings:
+            sequence = each.sequence
+            place = self._place(sequence.state_slot, sequence.fold_version, sequence.block_ids)
+            streams = restore(self.state, replace(place, carry=each.carry), each.image)
+            self.last_streams[sequence.state_slot] = streams.to(self.device)
+        if not (self.num_drafts and restorings):
+            return
+        last = [
+            ScheduledSequence(
+                [r.sequence.token_ids[r.image.position]],
+                r.image.position - 1,
+                state_slot=r.sequence.state_slot,
+                logits_from=1,
+            )
+            for r in restorings
+        ]
+        batch = lower(ScheduledBatch(tuple(last)), (), self.ring_rows, self.device)
+        streams = self.last_streams[batch.state_slots]
+        self.model.mtp[0].forward(streams, batch.token_ids, batch, self.state.mtp[0])
+
+    @torch.inference_mode()
+    def run(self, runs: Seq[Run]) -> list[RunResult]:
+        """Run the model over `runs` and sample; accepted state is at the sequences' new length."""
+        batch = lower(self._scheduled(runs), self._ratios, self.ring_rows, self.device)
         out = self.model.forward(batch, self.state)
-        flags = out.nonfinite.tolist()
-        if not out.logits.shape[0]:
-            return [], flags
-        logits = out.logits.float()
-        if self.barred is not None:
-            logits = logits.masked_fill(self.barred, float("-inf"))
+        finite = [not bad for bad in out.nonfinite.tolist()]
+        sampling = [run for run in runs if run.samples]
+        tokens, logprobs, sampled = self.sampler.sample(out.logits, sampling)
+        drafts = self._draft(runs, batch, out, sampled, tokens)
+        self._remember_streams(runs, batch, out, tokens)
+        results: list[RunResult] = []
+        order = 0
+        for run, good in zip(runs, finite, strict=True):
+            prompt = self._prompt_logprobs(run, len(results), batch, out)
+            if run.samples:
+                results.append(
+                    RunResult(tokens[order], good, drafts[order], logprobs[order], prompt)
+                )
+                order += 1
+            else:
+                results.append(RunResult(finite=good, prompt_logprobs=prompt))
+        return results
 
-        def row(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.device)
+    @property
+    def _ratios(self) -> tuple[int, ...]:
+        return self.model.config.compress_ratios
 
-        ids = self.model.ops.sample(logits, row(temperature), row(top_p), row(uniforms))
-        return ids.tolist(), flags
+    def _place(self, slot: int, version: int, block_ids: Seq[int]) -> Place:
+        fold_slot = slot * self.versions + version
+        return Place(slot, fold_slot, block_ids, self.model.config.sliding_window)
+
+    def _scheduled(self, runs: Seq[Run]) -> ScheduledBatch:
+        """The runs as host integers: tokens, where state is read, where folds are kept."""
+        sequences = []
+        for run in runs:
+            s, computed = run.sequence, run.sequence.num_computed_tokens
+            known = s.token_ids[computed : computed + run.count]
+            drafts = s.drafts[: run.count - len(known)]
+            first = s.state_slot * self.versions
+            last = len(known) - 1
+            keeps = [(last + i, first + i) for i in range(1 + len(drafts))]
+            sequences.append(
+                ScheduledSequence(
+                    [*known, *drafts],
+                    computed,
+                    s.block_ids,
+                    state_slot=s.state_slot,
+                    fold_source=first + s.fold_version if computed else -1,
+                    fold_keeps=keeps,
+                    logits_from=last if run.samples else run.count,
+                )
+            )
+        return ScheduledBatch(tuple(sequences))
+
+    def _draft(
+        self,
+        runs: Seq[Run],
+        batch: ForwardBatch,
+        out: ForwardOutput,
+        sampled: Tensor,
+        tokens: Seq[tuple[int, ...]],
+    ) -> list[tuple[int, ...]]:
+        """Guesses at the tokens after each sampling run's last: one from the MTP layer over the whole
+        batch, on the main model's streams, each further one from the layer's own."""
+        if not self.num_drafts:
+            return [()] * len(tokens)
+        following = [
+            t
+            for run in runs
+            for t in self._after(run.sequence, run.sequence.num_computed_tokens, run.count)
+        ]
+        next_ids = torch.tensor(following, dtype=torch.int64, device=self.device)
+        next_ids[batch.logits_tokens] = sampled
+        sampling = [run for run in runs if run.samples]
+        rows, row = [], 0
+        for run, got in zip(sampling, tokens, strict=True):
+            rows.append(row + len(got) - 1)
+            row += 1 + len(drafts_of(run))
+        last = batch.logits_tokens[rows]
+        mtp, state = self.model.mtp[0], self.state.mtp[0]
+        guess = mtp.forward(out.streams, next_ids, replace(batch, logits_tokens=last), state)
+        if not tokens:
+            return []
+        ids = self._likeliest(guess.logits)
+        drafts, streams = [ids], guess.streams[last]
+        for number in range(1, self.num_drafts):
+            singles = [
+                ScheduledSequence(
+                    [0],
+                    run.sequence.num_computed_tokens + standing(run, got) + number - 1,
+                    state_slot=run.sequence.state_slot,
+                )
+                for run, got in zip(sampling, tokens, strict=True)
+            ]
+            single = lower(ScheduledBatch(tuple(singles)), (), self.ring_rows, self.device)
+            guess = mtp.forward(streams, ids, single, state)
+            ids, streams = self._likeliest(guess.logits), guess.streams
+            drafts.append(ids)
+        return [tuple(row) for row in torch.stack(drafts, dim=1).tolist()]
+
+    def _likeliest(self, logits: Tensor) -> Tensor:
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed, float("-inf"))
+        return logits.argmax(-1)
+
+    @staticmethod
+    def _after(sequence: Sequence, computed: int, count: int) -> list[int]:
+        """The known token after each token of a run; 0 where it is sampled or drafted."""
+        known = sequence.token_ids[computed + 1 : computed + 1 + count]
+        return [*known, *[0] * (count - len(known))]
+
+    def _remember_streams(
+        self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput, tokens: Seq[tuple[int, ...]]
+    ) -> None:
+        sampled, rows, begin = iter(tokens), [], 0
+        for run in runs:
+            rows.append(begin + standing(run, next(sampled) if run.samples else ()) - 1)
+            begin += run.count
+        self.last_streams[batch.state_slots] = out.streams[rows]
+
+    def _prompt_logprobs(
+        self, run: Run, number: int, batch: ForwardBatch, out: ForwardOutput
+    ) -> tuple[TokenLogprobs, ...]:
+        """Log probabilities of the prompt tokens after this run's, in tiles of rows."""
+        count = run.sequence.request.params.prompt_logprobs
+        computed = run.sequence.num_computed_tokens
+        prompt = run.sequence.request.prompt_token_ids
+        wanted = prompt[computed + 1 : computed + 1 + run.count]
+        if count is None or not wanted:
+            return ()
+        begin = int(batch.cu_seqlens_q[number])
+        found: list[TokenLogprobs] = []
+        for low in range(0, len(wanted), PROMPT_LOGPROB_ROWS):
+            part = wanted[low : low + PROMPT_LOGPROB_ROWS]
+            streams = out.streams[begin + low : begin + low + len(part)]
+            found += self.sampler.logprobs(self.model.head(streams), part, count)
+        return tuple(found)

@@ -221,10 +221,7 @@ class Scheduler:
             return None
         sequence = self._waiting[0][1]
         wanted = pages_for(len(sequence.token_ids) + 1)
-        if sequence.saved is not None:
-            image, pages, carry = sequence.saved, (), sequence.saved.num_pages
-        else:
-            image, pages, carry = self._look_up(sequence)
+        image, pages, carry = self._look_up(sequence)
         if wanted - len(pages) > self.cache.pages.num_available:
             self.cache.pages.release(pages)
             return None
@@ -246,7 +243,9 @@ class Scheduler:
         return sequence, image, carry
 
     def _look_up(self, sequence: Sequence) -> tuple[StateImage | None, tuple[int, ...], int]:
-        """What the prefix cache has for a sequence that starts (or starts over)."""
+        """Where a sequence resumes: its own saved state, or what the prefix cache has for it."""
+        if sequence.saved is not None:
+            return sequence.saved, (), sequence.saved.num_pages
         if sequence.request.params.prompt_logprobs is not None:
             # Every prompt position must run to give its logits.
             sequence.cache_miss = "prompt_logprobs needs every prompt token computed"

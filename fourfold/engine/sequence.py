@@ -5,11 +5,12 @@ Contract: plain host data; the scheduler owns the placement (pages, slot), the e
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from fourfold.cache.image import StateImage
 from fourfold.core.batch import PAGE_TOKENS
-from fourfold.core.request import Request
+from fourfold.core.request import FinishReason, Request, TokenLogprobs
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Sequence:
     arrival: int
     seed: int
     max_tokens: int
+    stop_ids: tuple[int, ...]  # tokens that end it
     root: bytes  # of its hash chain
     token_ids: list[int]
     num_computed_tokens: int = 0
@@ -38,6 +40,7 @@ class Sequence:
     # what its client learns
     cached_tokens: int = 0
     cache_miss: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     reported: bool = False  # an output was sent
 
     @property
@@ -57,6 +60,25 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether all known tokens but the last are in the state."""
         return self.num_output_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
+
+    @property
+    def drafts_wanted(self) -> int:
+        """How many more tokens it could take after the next one."""
+        return self.max_tokens - self.num_output_tokens - 1
+
+    def until_end(self, token_ids: Seq[int]) -> tuple[int, ...]:
+        """The tokens it takes of those sampled: none after a stop token or beyond max_tokens."""
+        room = self.max_tokens - self.num_output_tokens
+        for index, token in enumerate(token_ids[:room]):
+            if token in self.stop_ids:
+                return tuple(token_ids[: index + 1])
+        return tuple(token_ids[:room])
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why it is over after the tokens it has, None while it is not."""
+        if self.num_output_tokens and self.token_ids[-1] in self.stop_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens >= self.max_tokens else None
 
     def next_image_position(self, interval: int) -> int | None:
         """The next position at which prefill should stop to keep an image, if any.

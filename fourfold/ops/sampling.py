@@ -64,7 +64,9 @@ def _adjust_cases(make: CaseMaker) -> Iterator[Case]:
 
 
 @op(_adjust_cases, differentiable=False)
-def adjust_logits(logits: Tensor, adjustments: Adjustments | None, allowed: Tensor | None) -> Tensor:
+def adjust_logits(
+    logits: Tensor, adjustments: Adjustments | None, allowed: Tensor | None
+) -> Tensor:
     """`logits [N, V]` after single changes and with everything outside `allowed` at −∞.
 
     `allowed` is bool `[V]` or `[N, V]`.

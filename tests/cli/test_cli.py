@@ -243,10 +243,11 @@ def test_flags_of_other_engines_run_unchanged(tiny: Path) -> None:
         "--max-tokens", "4", "-tp", "1", "-dp", "1", "--kv_cache_dtype", "fp8", "--max_model_len", "512",
         "--max-num-seqs", "2", "--max_num_batched_tokens", "256", "--gpu-memory-utilization", "0.9",
         "--block-size", "16", "--port", "8006", "--level", "0", "--enable_prefix_caching",
+        "--method", "mtp", "--num-speculative-tokens", "3",
         "--cudagraph-capture-sizes", "[1,2]", "--trust-remote-code",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    for flag in ("--block-size", "--port", "--level", "--enable-prefix-caching"):
+    for flag in ("--block-size", "--port", "--level", "--cudagraph-capture-sizes"):
         assert f"{flag} has no effect here" in result.stderr
 
 

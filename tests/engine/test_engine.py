@@ -88,7 +88,8 @@ def test_everything_is_free_at_the_end(directory: Path) -> None:
     running = engine(directory, max_num_seqs=2)
     answers(running, prompts(192, (300, 5, 20), 5), [GREEDY] * 3)
     scheduler = running.scheduler
-    assert scheduler.pages.num_free == scheduler.pages.size
+    scheduler.cache.pages.check()
+    assert scheduler.cache.pages.num_used == 0
     assert scheduler.slots.num_free == 2
     assert not running.has_work
 
@@ -145,7 +146,7 @@ def test_impossible_requests_are_refused_with_the_numbers(directory: Path) -> No
     with pytest.raises(RequestError, match="at least one token"):
         running.add(Request("c", (), GREEDY))
     small = engine(directory, max_model_len=None, cache=CacheConfig(num_pages=1))
-    assert small.max_model_len == 256
+    assert small.capacity.max_model_len == 256
     with pytest.raises(CapacityError, match="does not fit"):
         engine(directory, cache=CacheConfig(num_pages=1))
     with pytest.raises(CapacityError, match="max_position_embeddings"):
