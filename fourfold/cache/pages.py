@@ -141,7 +141,7 @@ class PagePool:
         """Raise `AssertionError` unless every page is in exactly one place."""
         free, used, cached = set(self._free), set(self._references), set(self._cached)
         assert len(free) + len(used) + len(cached) == self.size, "pages do not add up"
-        assert not (free & used or free & cached or used & cached), "a page is in two places"
+        assert len(free | used | cached) == self.size, "a page is in two places"
         assert all(n > 0 for n in self._references.values()), "a reference count is not positive"
         assert cached <= set(self._hash_of), "a cached page has no hash"
         assert {p: h for h, p in self._page_of.items()} == self._hash_of, "hashes do not match"

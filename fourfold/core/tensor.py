@@ -43,6 +43,10 @@ class QuantScheme(ABC):
         """Raise `QuantizationError` naming `name` if codes or scales hold NaN or infinity."""
 
     @abstractmethod
+    def canonicalize(self, codes: Tensor) -> None:
+        """Rewrite every code of negative zero to zero, in place."""
+
+    @abstractmethod
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the stored codes for a matrix of `shape` elements."""
 

@@ -9,6 +9,7 @@ from fourfold.core.errors import QuantizationError
 from fourfold.core.tensor import QuantScheme
 from fourfold.ops.quantize import (
     FP8_NAN_CODES,
+    canonical_fp8,
     decode_e8m0,
     decode_fp8,
     encode_e8m0,
@@ -71,6 +72,9 @@ class Fp8Block(QuantScheme):
                 f"{name}: FP8 code at {first} is 0x{int(codes[tuple(first)]):02X}, which is NaN"
             )
         refuse_bad_scales(scale, name)
+
+    def canonicalize(self, codes: Tensor) -> None:
+        codes[...] = canonical_fp8(codes)
 
 
 FP8_BLOCK = Fp8Block()

@@ -48,5 +48,13 @@ class Mxfp4(QuantScheme):
     def validate(self, codes: Tensor, scale: Tensor, name: str) -> None:
         refuse_bad_scales(scale, name)
 
+    def canonicalize(self, codes: Tensor) -> None:
+        # Magnitude + 7 carries into the sign's place exactly where the magnitude is not 0: the sign
+        # stays there and nowhere else.
+        keep = codes & 0x77
+        keep += 0x77
+        keep |= 0x77
+        codes &= keep
+
 
 MXFP4 = Mxfp4()

@@ -13,11 +13,10 @@ spelling of a name (weights/names.py) and does not decide how a weight is stored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,11 +26,9 @@ from fourfold.core.config import ModelConfig, expect
 from fourfold.core.errors import CheckpointError, QuantizationError
 from fourfold.core.parameters import ParamSpec, Storage
 from fourfold.core.tensor import QuantScheme, QuantTensor, Weight
-from fourfold.ops.quantize import canonical_fp8
-from fourfold.quant.fp8_block import FP8_BLOCK
 from fourfold.quant.headers import E8M0
-from fourfold.quant.mxfp4 import MXFP4
 from fourfold.quant.resolve import Decision, Resolution, resolve
+from fourfold.quant.schemes import SCHEMES
 from fourfold.weights.coverage import PLAIN_DTYPES, Matching, Source, Stored
 from fourfold.weights.index import CheckpointIndex, Headers, read_index
 from fourfold.weights.names import Part, native_weight_names, parse
@@ -40,9 +37,6 @@ from fourfold.weights.raw import STORED_DTYPES, MappedFiles, to_float
 Progress = Callable[[str, int, int], None]
 
 MODEL_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-_SCHEMES: Mapping[str, QuantScheme] = MappingProxyType(
-    {scheme.name: scheme for scheme in (FP8_BLOCK, MXFP4)}
-)
 _E8M0_DTYPES = ("F8_E8M0", "U8")
 _SAMPLE_BYTES = 65536
 
@@ -162,7 +156,7 @@ def _may_be_stale(name: str, headers: Headers) -> bool:
 
 
 def _scheme(decision: Decision | None) -> QuantScheme | None:
-    return _SCHEMES.get(decision.scheme) if decision is not None else None
+    return SCHEMES.get(decision.scheme) if decision is not None else None
 
 
 def _check_quantised(
@@ -293,18 +287,6 @@ def _read_expert_ids(files: MappedFiles, parameter: StoredParameter, experts: in
     return ids
 
 
-def _clear_negative_zeros_fp4(codes: Tensor) -> None:
-    """Rewrite negative zero, nibble 8, to zero in packed E2M1 `codes` (uint8), in place.
-
-    Magnitude + 7 carries into the sign's place exactly where the magnitude is not 0: the sign stays
-    there and nowhere else.
-    """
-    keep = codes & 0x77
-    keep += 0x77
-    keep |= 0x77
-    codes &= keep
-
-
 def _read_quantised(
     files: MappedFiles,
     parameter: StoredParameter,
@@ -325,10 +307,7 @@ def _read_quantised(
         files.read_into(code_part, codes_from.header, codes_from.begin, codes_from.end)
         files.read_into(scale_part, scale_from.header, scale_from.begin, scale_from.end)
         scheme.validate(code_part, scale_part, _where(codes_from))
-        if scheme is FP8_BLOCK:
-            code_part[...] = canonical_fp8(code_part)
-        else:
-            _clear_negative_zeros_fp4(code_part)
+        scheme.canonicalize(code_part)
     try:
         return QuantTensor(codes, scale, scheme, shape, activation_quantization)
     except QuantizationError as error:

@@ -97,6 +97,15 @@ def collect(
     return list(got.values())
 
 
+def pollute(engine: Engine) -> None:
+    """Overwrite every slot and the pages that were free, and leave the first slot to a runner: what
+    a hit does not restore is then somebody else's."""
+    collect(
+        engine, [(t, replace(PARAMS, max_tokens=3)) for t in prompts(192, (280, 270, 290, 300), 99)]
+    )
+    collect(engine, [(t, replace(PARAMS, max_tokens=2)) for t in prompts(192, (600, 500), 98)])
+
+
 def requests(lengths: Sequence[int], seed: int = 1) -> list[tuple[Tokens, SamplingParams]]:
     return [
         (tokens, replace(PARAMS, seed=n, temperature=0.8 * (n % 2)))
@@ -182,6 +191,7 @@ def test_the_layer_drafts_what_a_one_shot_pass_would(loaded: LoadedModel) -> Non
         engine = start(loaded, num_speculative_tokens=2, **settings_)
         if warm:
             collect(engine, [(tokens[: warm + 1], replace(PARAMS, max_tokens=1))])
+            pollute(engine)
         drafts: list[tuple[int, ...]] = []
 
         def note(engine: Engine, step: int, drafts: list[tuple[int, ...]] = drafts) -> None:
@@ -206,7 +216,12 @@ def test_a_hit_equals_cold_at_every_depth(loaded: LoadedModel, length: int, draf
     ]
     engine = start(loaded, num_speculative_tokens=drafts)
     first = collect(engine, [(tokens[:length], PARAMS)])[0]
+    pollute(engine)
+    engine.add(
+        Request("in slot 0", tuple(prompts(192, (20,), 97)[0]), replace(PARAMS, max_tokens=300))
+    )
     again = collect(engine, [(tokens[:length], PARAMS)])[0]
+    pollute(engine)
     longer = collect(engine, [(tokens, PARAMS)])[0]
     assert first.first.cached_tokens == 0
     assert again.first.cached_tokens == length - 1
