@@ -92,6 +92,12 @@ class ToolReader:
         self._outer, self._closing, self._read = self._state, closing, ""
         self._state = _State.TAG
 
+    def finish(self) -> None:
+        """Nothing follows: a closing tag that only lacks its bracket still ends its call."""
+        ends_call = self._read == "invoke" or _is_block(self._read)
+        if self._state is _State.TAG and self._closing and ends_call:
+            self._resolve()
+
     def plain(self, text: str) -> None:
         """Text has arrived, or a marker that is no part of a tag."""
         while text:
@@ -193,7 +199,7 @@ class ToolReader:
             end = text.find(">", end + 1, _TAG_LIMIT)
         if len(text) >= _TAG_LIMIT:
             self._read, self._state = "", _State.BODY
-            return ""
+            return text[_TAG_LIMIT:]
         self._read = text
         return ""
 

@@ -13,6 +13,7 @@ docs/CHAT.md has the rules for malformed markup.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -24,6 +25,10 @@ from fourfold.text.events import ContentDelta, Event, Finish, ReasoningDelta, co
 from fourfold.text.prompt import ParserStart
 from fourfold.text.stop import StopMatcher
 from fourfold.text.tokenizer import Tokenizer
+
+# What `TextParser` looks for: the marker of tool markup counts only behind an angle bracket.
+_SPELLED = re.compile(f"(?P<think></?think>)|(?P<bracket></?)(?P<dsml>{markers.DSML})")
+_SPELLINGS = (markers.THINK, markers.END_THINK, f"<{markers.DSML}", f"</{markers.DSML}")
 
 
 class _State(Enum):
@@ -56,6 +61,8 @@ class _Machine:
         self._held = ""
         self._angle = ""
         self._shown = start is ParserStart.CONTENT_CONTINUED
+        # Whether stop strings count already.
+        self.armed = True
         # Inside a closing tag that closes nothing.
         self._stray_tag = False
 
@@ -74,6 +81,8 @@ class _Machine:
         return events
 
     def text(self, text: str) -> None:
+        if self.stopped is not None:
+            return
         if self._tools:
             text = self._angle + text
             length = 2 if text.endswith("</") else int(text.endswith("<"))
@@ -82,36 +91,44 @@ class _Machine:
         self._plain(text)
 
     def marker(self, spelling: str) -> None:
-        if spelling == markers.DSML and self._tools and self._angle:
+        if self.stopped is not None:
+            return
+        if spelling == markers.DSML and self._angle:
             closing, self._angle = self._angle == "</", ""
             self._tag(closing)
             return
-        angle, self._angle = self._angle, ""
-        self._plain(angle)
+        self._plain_angle()
+        self._stray_tag = False
         if self._state is _State.TOOLS or (spelling == markers.DSML and not self._tools):
             self._plain(spelling)
-        elif spelling == markers.END_THINK and self._state is _State.REASONING:
-            self._stray_tag, self._held = False, ""
-            self._state, self._fresh = _State.CONTENT, True
         elif spelling == markers.END_THINK:
-            self._stray_tag, self._fresh = False, False
+            # In reasoning it ends it; in content it is dropped, and the texts around it join.
+            self._fresh = self._state is _State.REASONING
+            if self._fresh:
+                self._state, self._held = _State.CONTENT, ""
 
     def finish(self, reason: str) -> None:
-        unfinished = False
+        if self.stopped is not None:
+            self._events.append(Finish("stop", self.stopped))
+            return
         if self._state is _State.TOOLS:
-            unfinished = self._reader.unfinished
+            self._reader.finish()
         else:
-            angle, self._angle = self._angle, ""
-            self._plain(angle)
+            self._plain_angle()
             held, self._held = self._held, ""
             self._show(held)
             self._content(self._stop.finish())
+        calls = self._reader.completed and not (reason == "length" and self._reader.unfinished)
         if self.stopped is not None:
             reason = "stop"
-        elif reason in ("stop", "length") and self._reader.completed:
-            cut_short = unfinished and reason == "length"
-            reason = reason if cut_short else "tool_calls"
+        elif reason in ("stop", "length") and calls:
+            reason = "tool_calls"
         self._events.append(Finish(reason, self.stopped))
+
+    def _plain_angle(self) -> None:
+        """What looked like the beginning of a tag is text."""
+        angle, self._angle = self._angle, ""
+        self._plain(angle)
 
     def _tag(self, closing: bool) -> None:
         if self._state is not _State.TOOLS:
@@ -160,26 +177,39 @@ class _Machine:
             self._events.append(ReasoningDelta(text))
         else:
             self._shown = True
-            self._content(self._stop.push(text))
+            self._content(self._stop.push(text) if self.armed else text)
 
     def _content(self, text: str) -> None:
         if text:
             self._events.append(ContentDelta(text))
 
 
-class _Parser:
-    """What both parsers have in common."""
+class TokenParser:
+    """Parses one generated sequence of token ids."""
 
     def __init__(
         self,
+        tokenizer: Tokenizer,
         start: ParserStart,
         tools: bool,
-        stop: Sequence[str],
-        include_stop: bool,
-        new_id: Callable[[], str],
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        new_id: Callable[[], str] = new_call_id,
     ) -> None:
+        """`start` and `tools` as the `EncodedPrompt` says (`start`, `parse_tools`).
+
+        `stop` strings end the content (never reasoning or calls) once more than `min_tokens` tokens
+        have come; `include_stop` keeps the one that did. `new_id` makes the ids of calls. Raises
+        `RequestError` for an empty stop string.
+        """
         self._machine = _Machine(start, tools, StopMatcher(stop, include_stop), new_id)
-        self._finished = False
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._markers = {index: text for text, index in tokenizer.special_tokens.items()}
+        self._min_tokens = min_tokens
+        self._tokens = 0
+        self.reasoning_tokens = 0
 
     @property
     def in_reasoning(self) -> bool:
@@ -190,3 +220,75 @@ class _Parser:
     def stopped(self) -> str | None:
         """The stop string that has ended the content; whatever follows is dropped."""
         return self._machine.stopped
+
+    def push(self, token_id: int) -> list[Event]:
+        """What becomes certain with one more token. Raises `RequestError` for an unknown id."""
+        self._tokens += 1
+        self._machine.armed = self._tokens > self._min_tokens
+        # The token that closes the reasoning belongs to it.
+        self.reasoning_tokens += self._machine.in_reasoning
+        marker = self._markers.get(token_id)
+        if marker is None:
+            self._machine.text(self._detokenizer.push(token_id))
+        else:
+            self._machine.text(self._detokenizer.finish())
+            if marker not in (markers.BOS, markers.EOS):
+                self._machine.marker(marker)
+        return self._machine.take()
+
+    def finish(self, reason: str) -> list[Event]:
+        """What is left when the engine has ended the answer for `reason` ("stop", "length" or a
+        failure of its own); `Finish` comes last."""
+        self._machine.text(self._detokenizer.finish())
+        self._machine.finish(reason)
+        return self._machine.take()
+
+
+class TextParser:
+    """Parses text whose markers are spelled out, for answers without token ids."""
+
+    def __init__(
+        self,
+        start: ParserStart,
+        tools: bool,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        new_id: Callable[[], str] = new_call_id,
+    ) -> None:
+        """Arguments as for `TokenParser`."""
+        self._machine = _Machine(start, tools, StopMatcher(stop, include_stop), new_id)
+        self._held = ""
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the answer is still inside `<think>`."""
+        return self._machine.in_reasoning
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that has ended the content; whatever follows is dropped."""
+        return self._machine.stopped
+
+    def push(self, text: str) -> list[Event]:
+        """What becomes certain with more text."""
+        text = self._held + text
+        position = 0
+        for match in _SPELLED.finditer(text):
+            bracket, spelling = match["bracket"] or "", match["dsml"] or match["think"]
+            self._machine.text(text[position : match.start()] + bracket)
+            self._machine.marker(spelling)
+            position = match.end()
+        text = text[position:]
+        last = text.rfind("<")
+        if last < 0 or not any(spelling.startswith(text[last:]) for spelling in _SPELLINGS):
+            last = len(text)
+        self._held = text[last:]
+        self._machine.text(text[:last])
+        return self._machine.take()
+
+    def finish(self, reason: str) -> list[Event]:
+        """What is left when the answer has ended for `reason`; `Finish` comes last."""
+        self._machine.text(self._held)
+        self._machine.finish(reason)
+        return self._machine.take()

@@ -24,6 +24,8 @@ from fourfold.engine.runner import Runner
 from fourfold.weights.locate import locate
 from tests.support import prompts, write_small
 
+pytestmark = pytest.mark.full
+
 Tokens = list[int]
 PARAMS = SamplingParams(
     max_tokens=14, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True, logprobs=0

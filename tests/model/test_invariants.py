@@ -15,6 +15,8 @@ from fourfold.engine.oneshot import one_shot, one_shot_with_mtp
 from fourfold.model.v4 import DeepseekV4
 from tests.support import Driver, build, load_small, prompts, small_config, write_small
 
+pytestmark = pytest.mark.full
+
 EXACT = 1e-9  # largest logit difference in float64
 SPARSE = {"index_topk": 12, "sliding_window": 20, "compress_ratios": [0, 4, 128, 4, 0]}
 

@@ -66,7 +66,7 @@ def dequantised_twin(source: Path, target: Path) -> Path:
             else:
                 grid = np.repeat(np.repeat(scale, 128, axis=0), 128, axis=1)
                 values = fp8_table()[codes] * grid[: shape[0], : shape[1]]
-        out[name] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        out[name] = torch.from_numpy(np.array(values, dtype=np.float32))
     save_file(out, target / "model.safetensors")
     config = json.loads((source / "config.json").read_text())
     for key in ("quantization_config", "expert_dtype"):
