@@ -34,6 +34,16 @@ def chain_next(before: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", token_ids).tobytes(), key=before, digest_size=32).digest()
 
 
+def chain_at(root: bytes, hashes: list[bytes], token_ids: Sequence[int], page: int) -> bytes:
+    """The hash of page `page` of `token_ids`; `hashes` has all before it, and has it afterwards."""
+    if page == len(hashes):
+        begin = page * PAGE_TOKENS
+        hashes.append(
+            chain_next(hashes[-1] if hashes else root, token_ids[begin : begin + PAGE_TOKENS])
+        )
+    return hashes[page]
+
+
 class PagePool:
     """All pages of a cache. `on_evict(hash)` is told when a cached page's content is given up."""
 

@@ -10,14 +10,14 @@ anything else can evict. Host data only, save that images hold tensors nobody he
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fourfold.cache.image import StateImage
-from fourfold.cache.pages import PagePool, chain_next
+from fourfold.cache.pages import PagePool, chain_at
 from fourfold.core.batch import PAGE_TOKENS
 
 Key = tuple[bytes, tuple[int, ...]]
@@ -65,7 +65,8 @@ class PrefixCache:
             OrderedDict(),
         )
         self._sizes = [0, 0]
-        self._tails: dict[bytes, set[tuple[int, ...]]] = {}  # by the chain's last hash
+        # How many images stand on a chain's last hash, by the length of their tail.
+        self._tails: dict[bytes, Counter[int]] = {}
         self._above: dict[bytes, set[Key]] = {}  # images that stand on a page
 
     @property
@@ -80,18 +81,26 @@ class PrefixCache:
     def add(
         self, root: bytes, chain: Sequence[bytes], tail: Sequence[int], image: StateImage
     ) -> None:
-        """Keep `image`: it stands on the full pages of `chain`, then on the tokens `tail`."""
-        if not self.enabled or not image.position:
+        """Keep `image`: it stands on the full pages of `chain`, then on the tokens `tail`.
+
+        Not if one of the pages cannot be found: nobody could use it, and nothing would drop it.
+        """
+        findable = all(self.pages.has(digest) for digest in chain)
+        if not self.enabled or not image.position or not findable:
             return
         key = (chain[-1] if chain else root, tuple(tail))
         self._drop(key)
-        self._tails.setdefault(key[0], set()).add(key[1])
+        self._tails.setdefault(key[0], Counter())[len(tail)] += 1
         for digest in chain:
             self._above.setdefault(digest, set()).add(key)
         self._put(0, key, _Entry(image, tuple(chain)))
 
-    def find(self, root: bytes, token_ids: Sequence[int]) -> Hit:
-        """The deepest usable image below the last of `token_ids`; takes references to its pages."""
+    def find(self, root: bytes, token_ids: Sequence[int], hashes: list[bytes] | None = None) -> Hit:
+        """The deepest usable image below the last of `token_ids`; takes references to its pages.
+
+        `hashes` are those of leading pages known from before; what is computed here is added.
+        """
+        hashes = [] if hashes is None else hashes
         limit = len(token_ids) - 1
         if not self.enabled:
             return Hit(None, miss="prefix caching is off" if limit else None)
@@ -100,14 +109,15 @@ class PrefixCache:
         digest, reason = root, None
         while True:
             begin = len(chain) * PAGE_TOKENS
-            for tail in self._tails.get(digest, ()):
-                position = begin + len(tail)
-                deeper = best is None or position > best[1]
-                if deeper and position <= limit and tuple(token_ids[begin:position]) == tail:
-                    best = ((digest, tail), position)
+            for length in self._tails.get(digest, ()):
+                position = begin + length
+                if position <= limit and (best is None or position > best[1]):
+                    key = (digest, tuple(token_ids[begin:position]))
+                    if any(key in tier for tier in self._tiers):
+                        best = (key, position)
             if begin + PAGE_TOKENS > limit:
                 break
-            digest = chain_next(digest, token_ids[begin : begin + PAGE_TOKENS])
+            digest = chain_at(root, hashes, token_ids, len(chain))
             if not self.pages.has(digest):
                 reason = f"the tokens from {begin} on are not cached"
                 break
@@ -164,7 +174,9 @@ class PrefixCache:
 
     def _unlink(self, key: Key, entry: _Entry) -> None:
         tails = self._tails[key[0]]
-        tails.discard(key[1])
+        tails[len(key[1])] -= 1
+        if not tails[len(key[1])]:
+            del tails[len(key[1])]
         if not tails:
             del self._tails[key[0]]
         for digest in entry.chain:

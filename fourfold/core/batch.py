@@ -10,16 +10,24 @@ Index tensors are int64 (torch indexing wants it); −1 means "nowhere" in every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 PAGE_TOKENS = 256  # source tokens a page stands for, in every layer
 
+Ints = npt.NDArray[np.int64]
 
-@dataclass(frozen=True)
+
+# Not frozen: one is made for every sequence in every step, and freezing would triple what it costs.
+@dataclass(slots=True, eq=False)
 class ScheduledSequence:
     """A run of tokens of one sequence.
 
@@ -116,67 +124,103 @@ def lower(
     """Lower host integers to device tensors.
 
     `ratios` are the compress ratios the model has (0 is ignored); `ring_rows` is the ring length.
+    `ValueError` if a sequence lacks the page that a row it completes goes to.
     """
     sequences = scheduled.sequences
+    counts = _ints([len(s.token_ids) for s in sequences])
+    computed = _ints([s.num_computed_tokens for s in sequences])
+    state_slots = _ints([s.state_slot for s in sequences])
+    logits_from = _ints([s.logits_from for s in sequences])
+    starts = np.zeros(len(sequences) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    owners, positions = _spans(computed, counts)
+    table = _block_table(sequences)
+    keeps = _flat(chain.from_iterable([s.fold_keeps for s in sequences])).reshape(-1, 2)
+    keeps_of = np.repeat(starts[:-1], _ints([len(s.fold_keeps) for s in sequences]))
+    parts = {
+        "token_ids": _flat([s.token_ids for s in sequences]),
+        "positions": positions,
+        "sequence_ids": owners,
+        "cu_seqlens_q": starts,
+        "num_computed_tokens": computed,
+        "block_table": table,
+        "state_slots": state_slots,
+        "ring_slots": _ring_slots(positions, owners, computed + counts, state_slots, ring_rows),
+        "fold_sources": _ints([s.fold_source for s in sequences]),
+        "fold_tokens": keeps_of + keeps[:, 0],
+        "fold_targets": keeps[:, 1],
+        "logits_tokens": _spans(starts[:-1] + logits_from, counts - logits_from)[1],
+    }
+    emissions = {
+        ratio: _emission(computed, counts, starts, table, ratio)
+        for ratio in sorted(set(ratios) - {0})
+    }
+    moved = iter(_to_device([*parts.values(), *chain.from_iterable(emissions.values())], device))
+    fields: dict[str, Any] = dict(zip(parts, moved, strict=False))
+    fields["emissions"] = {m: Emission(next(moved), next(moved), next(moved)) for m in emissions}
+    return ForwardBatch(**fields)
 
-    def tensor(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
-    starts = [0]
-    for sequence in sequences:
-        starts.append(starts[-1] + len(sequence))
-    pages = max((len(s.block_ids) for s in sequences), default=0)
-    table = [[*s.block_ids, *[-1] * (pages - len(s.block_ids))] for s in sequences]
-    keeps = [
-        (begin + index, slot)
-        for begin, s in zip(starts, sequences, strict=False)
-        for index, slot in s.fold_keeps
-    ]
-    return ForwardBatch(
-        token_ids=tensor([t for s in sequences for t in s.token_ids]),
-        positions=tensor([s.num_computed_tokens + i for s in sequences for i in range(len(s))]),
-        sequence_ids=tensor([n for n, s in enumerate(sequences) for _ in range(len(s))]),
-        cu_seqlens_q=tensor(starts),
-        num_computed_tokens=tensor([s.num_computed_tokens for s in sequences]),
-        block_table=tensor([page for row in table for page in row]).view(len(sequences), pages),
-        state_slots=tensor([s.state_slot for s in sequences]),
-        ring_slots=tensor([slot for s in sequences for slot in _ring_slots(s, ring_rows)]),
-        fold_sources=tensor([s.fold_source for s in sequences]),
-        fold_tokens=tensor([token for token, _ in keeps]),
-        fold_targets=tensor([slot for _, slot in keeps]),
-        emissions={m: _emission(sequences, starts, m, tensor) for m in sorted(set(ratios)) if m},
-        logits_tokens=tensor(
-            [
-                begin + i
-                for begin, s in zip(starts, sequences, strict=False)
-                for i in range(s.logits_from, len(s))
-            ]
-        ),
+def _ints(values: Sequence[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
+
+
+def _flat(lists: Iterable[Iterable[int]]) -> Ints:
+    return np.fromiter(chain.from_iterable(lists), np.int64)
+
+
+def _spans(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """The numbers first[n] … first[n] + counts[n] − 1 of every n, and before them their n."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    shift = first + counts - np.cumsum(counts)
+    return owners, np.arange(len(owners)) + shift[owners]
+
+
+def _block_table(sequences: Sequence[ScheduledSequence]) -> Ints:
+    """Pages of each sequence, `[S, P]`, −1 beyond its own."""
+    widths = _ints([len(s.block_ids) for s in sequences])
+    width = int(widths.max(initial=0))
+    table = np.full((len(sequences), width), -1, np.int64)
+    # Arrays are joined as bytes: the pages of long sequences are too many to visit one by one.
+    joined = b"".join(
+        [s.block_ids if type(s.block_ids) is array else array("q", s.block_ids) for s in sequences]
     )
+    table[np.arange(width) < widths[:, None]] = np.frombuffer(joined, np.int64)
+    return table
 
 
-def _ring_slots(sequence: ScheduledSequence, ring_rows: int) -> list[int]:
-    """Ring slot of each token of the run: position mod ring length, only the last `ring_rows`."""
-    count = len(sequence)
-    if sequence.state_slot < 0:
-        return [-1] * count
-    base = sequence.state_slot * ring_rows
-    first = sequence.num_computed_tokens
-    return [base + (first + i) % ring_rows if i >= count - ring_rows else -1 for i in range(count)]
+def _ring_slots(
+    positions: Ints, owners: Ints, ends: Ints, state_slots: Ints, ring_rows: int
+) -> Ints:
+    """Ring slot of each token: position mod ring length, −1 before a run's last `ring_rows` tokens
+    and without a ring."""
+    stays = (positions >= (ends - ring_rows)[owners]) & (state_slots >= 0)[owners]
+    return np.where(stays, state_slots[owners] * ring_rows + positions % ring_rows, -1)
 
 
 def _emission(
-    sequences: Sequence[ScheduledSequence],
-    starts: Sequence[int],
-    ratio: int,
-    tensor: Callable[[Sequence[int]], Tensor],
-) -> Emission:
-    tokens, positions, slots = [], [], []
+    computed: Ints, counts: Ints, starts: Ints, table: Ints, ratio: int
+) -> tuple[Ints, Ints, Ints]:
+    """The fields of an `Emission`: every row whose last token is in a run."""
     per_page = rows_per_page(ratio)
-    for begin, sequence in zip(starts, sequences, strict=False):
-        first = sequence.num_computed_tokens
-        for row in range(first // ratio, (first + len(sequence)) // ratio):
-            tokens.append(begin + ratio * (row + 1) - 1 - first)
-            positions.append(ratio * row)
-            slots.append(sequence.block_ids[row // per_page] * per_page + row % per_page)
-    return Emission(tensor(tokens), tensor(positions), tensor(slots))
+    before = computed // ratio
+    owners, rows = _spans(before, (computed + counts) // ratio - before)
+    pages = rows // per_page
+    if pages.max(initial=-1) >= table.shape[1] or (table[owners, pages] < 0).any():
+        raise ValueError(f"a sequence has too few pages for the rows of ratio {ratio} it completes")
+    tokens = (starts[:-1] - computed)[owners] + ratio * (rows + 1) - 1
+    return tokens, ratio * rows, table[owners, pages] * per_page + rows % per_page
+
+
+def _to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
+    """Tensors of the same shapes, moved in one copy; each starts at a multiple of 128 bytes."""
+    aligned = 16
+    starts = np.cumsum([0, *(-(-part.size // aligned) * aligned for part in parts)])
+    packed = np.empty(starts[-1], np.int64)
+    for begin, part in zip(starts, parts, strict=False):
+        packed[begin : begin + part.size] = part.ravel()
+    moved = torch.from_numpy(packed).to(device, non_blocking=True)
+    return [
+        moved[begin : begin + part.size].view(part.shape)
+        for begin, part in zip(starts.tolist(), parts, strict=False)
+    ]

@@ -7,7 +7,7 @@ processes nor sockets nor text.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -141,7 +141,7 @@ class EngineClient(Protocol):
     def info(self) -> EngineInfo:
         """What `start` returned; `EngineClosedError` before."""
 
-    def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request: what each step adds to each of its sequences, until all have ended.
 
         A consumer may be slow: outputs wait for it and the engine does not. Leaving the iterator

@@ -7,7 +7,7 @@ however it is cut, preempted, resumed or drafted for. It knows token ids only; t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from fourfold.cache.pages import chain_root
 from fourfold.cache.pool import allocate
 from fourfold.cache.prefix import PrefixCache
 from fourfold.cache.rows import row_formats
-from fourfold.core.batch import PAGE_TOKENS
+from fourfold.core.client import StepInfo
 from fourfold.core.config import EngineConfig
 from fourfold.core.errors import RequestError
 from fourfold.core.request import FinishReason, Request, RequestOutput
@@ -42,7 +42,8 @@ class Stats:
 class Engine:
     """A loaded model and the requests it is working on.
 
-    `allowed_token_ids` are the ids the tokenizer can decode; others are never sampled.
+    `allowed_token_ids` are the ids the tokenizer can decode; others are never sampled. `on_step` is
+    told of every step before the model runs.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Engine:
         loaded: LoadedModel,
         config: EngineConfig,
         allowed_token_ids: Iterable[int] | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
     ):
         self.config, self.loaded = config, loaded
         model, device = loaded.config, loaded.device.torch_device
@@ -91,6 +93,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._held: dict[str, list[Sequence]] = {}  # sequences that wait for their first one
         self._arrivals = 0
+        self._on_step = on_step or (lambda step: None)
 
     @property
     def has_work(self) -> bool:
@@ -108,13 +111,28 @@ class Engine:
             # They start from the first one's state image, so that the prompt runs once.
             self._held[request.request_id] = others
 
-    def abort(self, request_id: str) -> bool:
-        """Drop a request and free all it holds; whether there was one."""
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Drop a request, or only its sequence `index`, and free all it holds; whether it was there."""
+        if index is not None:
+            return self._abort_one(request_id, index)
         sequences = self._requests.pop(request_id, None)
         if sequences is None:
             return False
         held = self._held.pop(request_id, [])
         self.scheduler.abort([s for s in sequences if s not in held])
+        return True
+
+    def _abort_one(self, request_id: str, index: int) -> bool:
+        sequence = next((s for s in self._requests.get(request_id, ()) if s.index == index), None)
+        if sequence is None:
+            return False
+        held = self._held.get(request_id, [])
+        if sequence in held:
+            held.remove(sequence)
+        else:
+            self.scheduler.abort([sequence])
+            self._release_held(sequence, FinishReason.ABORT)
+        self._forget(sequence)
         return True
 
     def step(self) -> list[RequestOutput]:
@@ -126,6 +144,8 @@ class Engine:
         if not step.runs:
             return []
         self.stats.num_steps += 1
+        num_tokens = sum(run.count for run in step.runs)
+        self._on_step(StepInfo(self.stats.num_steps, len(step.runs), num_tokens))
         outputs = []
         for run, result in zip(step.runs, self.runner.run(step.runs), strict=True):
             output = self._commit(run, result)
@@ -176,7 +196,7 @@ class Engine:
 
     def _commit(self, run: Run, result: RunResult) -> RequestOutput | None:
         """Take a run's result into its sequence."""
-        sequence = run.sequence
+        sequence, tokens = run.sequence, result.token_ids
         if not result.finite:
             self._end(sequence)
             error = "the model's numbers were not finite"
@@ -184,28 +204,21 @@ class Engine:
         if sequence.request.params.prompt_logprobs is not None:
             begin = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs[begin:] = result.prompt_logprobs
-        accepted = 0
-        if sequence.is_decoding:
-            accepted = len(result.token_ids) - 1
-            self._count_drafts(run.count - 1, accepted)
-            sequence.num_computed_tokens += len(result.token_ids)
-            sequence.fold_version = accepted
-        else:
-            sequence.num_computed_tokens += run.count
-            sequence.fold_version = 0
-        sequence.token_ids += result.token_ids
-        sequence.drafts = list(result.drafts[: max(sequence.drafts_wanted, 0)])
+        accepted = max(len(tokens) - 1, 0)
+        self._count_drafts(len(run.drafts), accepted)
+        sequence.num_computed_tokens += run.standing(len(tokens))
+        sequence.fold_version = accepted
+        sequence.token_ids += tokens
+        sequence.drafts = result.drafts[: max(sequence.drafts_wanted, 0)]
         self.scheduler.commit(sequence)
-        reason = sequence.finish_reason() if run.samples else None
+        reason = sequence.finish_reason() if tokens else None
         if run.keep_image or reason:
             self._keep_image(sequence)
         self._release_held(sequence, reason)
-        self.stats.generation_tokens += len(result.token_ids)
+        self.stats.generation_tokens += len(tokens)
         if reason:
             self._end(sequence)
-        if not result.token_ids:
-            return None
-        return self._output(sequence, result, reason, accepted=accepted)
+        return self._output(sequence, result, reason, accepted=accepted) if tokens else None
 
     def _count_drafts(self, drafted: int, accepted: int) -> None:
         for position in range(drafted):
@@ -213,11 +226,8 @@ class Engine:
             self.stats.accepted[position] += position < accepted
 
     def _keep_image(self, sequence: Sequence) -> None:
-        cache = self.scheduler.cache
-        if cache.enabled:
-            full = sequence.num_computed_tokens // PAGE_TOKENS
-            tail = sequence.token_ids[full * PAGE_TOKENS : sequence.num_computed_tokens]
-            cache.add(sequence.root, sequence.chain[:full], tail, self.runner.image(sequence))
+        if self.scheduler.cache.enabled:
+            self.scheduler.keep_image(sequence, self.runner.image(sequence))
 
     def _release_held(self, sequence: Sequence, reason: FinishReason | None) -> None:
         """Let a request's other sequences start once the first one's prompt is done."""
@@ -228,6 +238,9 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         self._release_held(sequence, FinishReason.ERROR)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         request_id = sequence.request.request_id
         rest = [s for s in self._requests.get(request_id, ()) if s is not sequence]
         if rest:
@@ -247,7 +260,7 @@ class Engine:
         sequence.reported = True
         wants_prompt = first and sequence.request.params.prompt_logprobs is not None
         tokens = result.token_ids if isinstance(result, RunResult) else ()
-        stopped = reason is FinishReason.STOP and tokens and tokens[-1]
+        stopped = reason is FinishReason.STOP
         if first:
             self.stats.prompt_tokens += sequence.num_prompt_tokens
             self.stats.cached_tokens += sequence.cached_tokens

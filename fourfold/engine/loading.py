@@ -55,12 +55,12 @@ def load_model(
             "--num-speculative-tokens needs an MTP layer, and this checkpoint has none "
             "(num_nextn_predict_layers is 0)"
         )
-    plan = KernelPlan.resolve(
-        OPS, kernels.load(device), device, reading.config, dict(config.kernels)
-    )
-    checkpoint = open_checkpoint(location.directory, reading.config, config.expert_dtype)
     name = reading.config.torch_dtype if config.dtype == "auto" else config.dtype
     dtype = getattr(torch, name)
+    plan = KernelPlan.resolve(
+        OPS, kernels.load(device), device, reading.config, dtype, dict(config.kernels)
+    )
+    checkpoint = open_checkpoint(location.directory, reading.config, config.expert_dtype)
     parameters = load(checkpoint, device.torch_device, dtype, progress)
     model = DeepseekV4(reading.config, parameters, plan, SingleComm())
     notes = list(reading.notes)

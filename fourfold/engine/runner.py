@@ -10,7 +10,9 @@ visible position until they are written again, and folds are kept for every draf
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from fourfold.cache.rows import ring_rows
 from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower
 from fourfold.core.request import TokenLogprobs
 from fourfold.core.state import ModelState
-from fourfold.engine.sampler import Sampler, drafts_of
+from fourfold.engine.sampler import Sampler
 from fourfold.engine.scheduler import Restoring, Run, Saving
 from fourfold.engine.sequence import Sequence
 from fourfold.model.parts import ForwardOutput
@@ -29,8 +31,7 @@ from fourfold.model.v4 import DeepseekV4
 PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once
 
 
-@dataclass(frozen=True)
-class RunResult:
+class RunResult(NamedTuple):
     """What a run brought: tokens sampled (none: the run did not sample), whether its numbers were
     finite, drafts after the last token, and log probabilities where asked for."""
 
@@ -39,11 +40,6 @@ class RunResult:
     drafts: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-def standing(run: Run, sampled: Seq[int]) -> int:
-    """How many of a run's tokens stand after it sampled `sampled`: all but its rejected drafts."""
-    return len(sampled) if run.sequence.is_decoding else run.count
 
 
 class Runner:
@@ -112,23 +108,24 @@ class Runner:
         """Run the model over `runs` and sample; accepted state is at the sequences' new length."""
         batch = lower(self._scheduled(runs), self._ratios, self.ring_rows, self.device)
         out = self.model.forward(batch, self.state)
-        finite = [not bad for bad in out.nonfinite.tolist()]
+        finite = [not bad for bad in self._nonfinite(batch, out).tolist()]
         sampling = [run for run in runs if run.samples]
         tokens, logprobs, sampled = self.sampler.sample(out.logits, sampling)
         drafts = self._draft(runs, batch, out, sampled, tokens)
         self._remember_streams(runs, batch, out, tokens)
+        prompts = [self._prompt_logprobs(run, n, batch, out) for n, run in enumerate(runs)]
+        brought = zip(tokens, drafts, logprobs, strict=True)
         results: list[RunResult] = []
-        order = 0
-        for run, good in zip(runs, finite, strict=True):
-            prompt = self._prompt_logprobs(run, len(results), batch, out)
-            if run.samples:
-                results.append(
-                    RunResult(tokens[order], good, drafts[order], logprobs[order], prompt)
-                )
-                order += 1
-            else:
-                results.append(RunResult(finite=good, prompt_logprobs=prompt))
+        for run, good, prompt in zip(runs, finite, prompts, strict=True):
+            new, guesses, values = next(brought) if run.samples else ((), (), ())
+            results.append(RunResult(new, good, guesses, values, prompt))
         return results
+
+    def _nonfinite(self, batch: ForwardBatch, out: ForwardOutput) -> Tensor:
+        """Which sequences met a number that is not finite, their logits included."""
+        owners = batch.sequence_ids[batch.logits_tokens]
+        check = self.model.ops.nonfinite_sequences
+        return out.nonfinite | check(out.logits, owners, batch.num_sequences)
 
     @property
     def _ratios(self) -> tuple[int, ...]:
@@ -141,23 +138,21 @@ class Runner:
     def _scheduled(self, runs: Seq[Run]) -> ScheduledBatch:
         """The runs as host integers: tokens, where state is read, where folds are kept."""
         sequences = []
-        for run in runs:
-            s, computed = run.sequence, run.sequence.num_computed_tokens
-            known = s.token_ids[computed : computed + run.count]
-            drafts = s.drafts[: run.count - len(known)]
-            first = s.state_slot * self.versions
-            last = len(known) - 1
-            keeps = [(last + i, first + i) for i in range(1 + len(drafts))]
+        for s, count, samples, _, drafts in runs:
+            computed, slot, first = (
+                s.num_computed_tokens,
+                s.state_slot,
+                s.state_slot * self.versions,
+            )
+            last = count - len(drafts) - 1  # known token
+            tokens, keeps = s.token_ids[computed : computed + last + 1], [(last, first)]
+            if drafts:
+                tokens += drafts
+                keeps += [(last + i, first + i) for i in range(1, 1 + len(drafts))]
+            source = first + s.fold_version if computed else -1
+            wanted = last if samples else count
             sequences.append(
-                ScheduledSequence(
-                    [*known, *drafts],
-                    computed,
-                    s.block_ids,
-                    state_slot=s.state_slot,
-                    fold_source=first + s.fold_version if computed else -1,
-                    fold_keeps=keeps,
-                    logits_from=last if run.samples else run.count,
-                )
+                ScheduledSequence(tokens, computed, s.block_ids, slot, source, keeps, wanted)
             )
         return ScheduledBatch(tuple(sequences))
 
@@ -173,18 +168,14 @@ class Runner:
         batch, on the main model's streams, each further one from the layer's own."""
         if not self.num_drafts:
             return [()] * len(tokens)
-        following = [
-            t
-            for run in runs
-            for t in self._after(run.sequence, run.sequence.num_computed_tokens, run.count)
-        ]
+        following = list(chain.from_iterable(map(self._after, runs)))
         next_ids = torch.tensor(following, dtype=torch.int64, device=self.device)
         next_ids[batch.logits_tokens] = sampled
         sampling = [run for run in runs if run.samples]
         rows, row = [], 0
         for run, got in zip(sampling, tokens, strict=True):
             rows.append(row + len(got) - 1)
-            row += 1 + len(drafts_of(run))
+            row += 1 + len(run.drafts)
         last = batch.logits_tokens[rows]
         mtp, state = self.model.mtp[0], self.state.mtp[0]
         guess = mtp.forward(out.streams, next_ids, replace(batch, logits_tokens=last), state)
@@ -192,14 +183,14 @@ class Runner:
             return []
         ids = self._likeliest(guess.logits)
         drafts, streams = [ids], guess.streams[last]
+        ends = [
+            run.sequence.num_computed_tokens + run.standing(len(got))
+            for run, got in zip(sampling, tokens, strict=True)
+        ]
         for number in range(1, self.num_drafts):
             singles = [
-                ScheduledSequence(
-                    [0],
-                    run.sequence.num_computed_tokens + standing(run, got) + number - 1,
-                    state_slot=run.sequence.state_slot,
-                )
-                for run, got in zip(sampling, tokens, strict=True)
+                ScheduledSequence([0], end + number - 1, state_slot=run.sequence.state_slot)
+                for run, end in zip(sampling, ends, strict=True)
             ]
             single = lower(ScheduledBatch(tuple(singles)), (), self.ring_rows, self.device)
             guess = mtp.forward(streams, ids, single, state)
@@ -213,17 +204,18 @@ class Runner:
         return logits.argmax(-1)
 
     @staticmethod
-    def _after(sequence: Sequence, computed: int, count: int) -> list[int]:
+    def _after(run: Run) -> list[int]:
         """The known token after each token of a run; 0 where it is sampled or drafted."""
-        known = sequence.token_ids[computed + 1 : computed + 1 + count]
-        return [*known, *[0] * (count - len(known))]
+        begin = run.sequence.num_computed_tokens + 1
+        known = run.sequence.token_ids[begin : begin + run.count]
+        return known + [0] * (run.count - len(known))
 
     def _remember_streams(
         self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput, tokens: Seq[tuple[int, ...]]
     ) -> None:
         sampled, rows, begin = iter(tokens), [], 0
         for run in runs:
-            rows.append(begin + standing(run, next(sampled) if run.samples else ()) - 1)
+            rows.append(begin + run.standing(len(next(sampled)) if run.samples else 0) - 1)
             begin += run.count
         self.last_streams[batch.state_slots] = out.streams[rows]
 
@@ -232,11 +224,10 @@ class Runner:
     ) -> tuple[TokenLogprobs, ...]:
         """Log probabilities of the prompt tokens after this run's, in tiles of rows."""
         count = run.sequence.request.params.prompt_logprobs
-        computed = run.sequence.num_computed_tokens
-        prompt = run.sequence.request.prompt_token_ids
-        wanted = prompt[computed + 1 : computed + 1 + run.count]
-        if count is None or not wanted:
+        if count is None:
             return ()
+        computed = run.sequence.num_computed_tokens
+        wanted = run.sequence.request.prompt_token_ids[computed + 1 : computed + 1 + run.count]
         begin = int(batch.cu_seqlens_q[number])
         found: list[TokenLogprobs] = []
         for low in range(0, len(wanted), PROMPT_LOGPROB_ROWS):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +25,6 @@ from fourfold.ops.sampling import Adjustments, SamplingRows
 Sampled = tuple[list[tuple[int, ...]], list[tuple[TokenLogprobs, ...]], Tensor]
 
 
-def drafts_of(run: Run) -> list[int]:
-    """The drafts a run verifies."""
-    return run.sequence.drafts[: run.count - 1] if run.sequence.is_decoding else []
-
-
 class Sampler:
     """`allowed [V]`: ids the tokenizer knows (None: all)."""
 
@@ -39,10 +36,10 @@ class Sampler:
         for, and what was sampled in every row of `logits [N, V]`."""
         if not runs:
             return [], [], torch.zeros(0, dtype=torch.int64, device=self.device)
-        drafts = [drafts_of(run) for run in runs]
+        drafts = [run.drafts for run in runs]
         logits = logits.float()
         adjusted = self.ops.adjust_logits(logits, self._adjustments(runs, drafts), self.allowed)
-        sampled = self.ops.sample(adjusted, self._rows(runs, drafts))
+        sampled = self.ops.sample(adjusted, self._rows(runs, drafts, logits.shape[-1]))
         accepted = self._accept(sampled, drafts)
         tokens = [run.sequence.until_end(got) for run, got in zip(runs, accepted, strict=True)]
         return tokens, self._logprobs(logits, runs, drafts, tokens), sampled
@@ -59,22 +56,24 @@ class Sampler:
             for token, value, place, ids, values in columns
         ]
 
-    def _rows(self, runs: Seq[Run], drafts: Seq[Seq[int]]) -> SamplingRows:
-        per_row = [
-            (run.sequence.request.params, run.sequence.seed, len(run.sequence.token_ids) + i)
-            for run, guessed in zip(runs, drafts, strict=True)
-            for i in range(1 + len(guessed))
-        ]
-        numbers = uniform([seed for _, seed, _ in per_row], [at for _, _, at in per_row])
+    def _rows(self, runs: Seq[Run], drafts: Seq[Seq[int]], vocabulary: int) -> SamplingRows:
+        params = [run.sequence.request.params for run in runs]
+        counts = np.array([1 + len(guessed) for guessed in drafts])
+        owners = np.repeat(np.arange(len(runs)), counts)
+        seeds = np.array([run.sequence.seed for run in runs], np.uint64)
+        # Row i of a run samples the token at its sequence's length + i.
+        positions = (
+            np.array([len(run.sequence.token_ids) for run in runs]) - counts.cumsum() + counts
+        )
+        numbers = uniform(seeds[owners], positions[owners] + np.arange(len(owners)))
 
-        def column(values: Seq[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device)
+        def column(values: Seq[float], dtype: type = np.float32) -> Tensor:
+            return torch.from_numpy(np.array(values, dtype)[owners]).to(self.device)
 
-        params = [p for p, _, _ in per_row]
         return SamplingRows(
             temperature=column([p.temperature for p in params]),
             top_p=column([p.top_p for p in params]),
-            top_k=column([max(p.top_k, 0) for p in params], torch.int64),
+            top_k=column([min(max(p.top_k, 0), vocabulary) for p in params], np.int64),
             min_p=column([p.min_p for p in params]),
             uniform=torch.from_numpy(numbers).to(self.device),
         )
@@ -86,14 +85,15 @@ class Sampler:
         biases: list[float] = []
         row = 0
         for run, guessed in zip(runs, drafts, strict=True):
-            for i in range(1 + len(guessed)):
-                changes = changed_logits(run.sequence, guessed[:i])
-                for token, (repetition, bias) in changes.items():
-                    rows.append(row)
-                    tokens.append(token)
-                    repetitions.append(repetition)
-                    biases.append(bias)
-                row += 1
+            if run.sequence.changes_logits:
+                for i in range(1 + len(guessed)):
+                    changes = changed_logits(run.sequence, guessed[:i])
+                    for token, (repetition, bias) in changes.items():
+                        rows.append(row + i)
+                        tokens.append(token)
+                        repetitions.append(repetition)
+                        biases.append(bias)
+            row += 1 + len(guessed)
         if not rows:
             return None
         return Adjustments(
@@ -104,20 +104,23 @@ class Sampler:
         )
 
     def _accept(self, sampled: Tensor, drafts: Seq[Seq[int]]) -> list[tuple[int, ...]]:
-        width = max(len(guessed) for guessed in drafts)
-        flat = sampled.tolist()
+        """Tokens of each run: of its rows of `sampled`, the standing drafts and the one after."""
+        lengths = np.array([len(guessed) for guessed in drafts])
+        width = int(lengths.max())
         if not width:
-            return [(token,) for token in flat]
-        table, begin = [], 0
-        for guessed in drafts:
-            row = flat[begin : begin + 1 + len(guessed)]
-            table.append(row + [-1] * (width + 1 - len(row)))
-            begin += 1 + len(guessed)
-        padded = [[*guessed, *[-2] * (width - len(guessed))] for guessed in drafts]
+            return [(token,) for token in sampled.tolist()]
+        padded = np.full((len(drafts), width), -1)
+        padded[np.arange(width) < lengths[:, None]] = list(chain.from_iterable(drafts))
+        starts = (1 + lengths).cumsum() - 1 - lengths
+        # Beyond a run's own rows, where no draft can stand, any row will do.
+        rows = np.minimum(starts[:, None] + np.arange(width + 1), len(sampled) - 1)
         counts = self.ops.count_accepted(
-            torch.tensor(table, device=self.device), torch.tensor(padded, device=self.device)
-        ).tolist()
-        return [tuple(row[: 1 + n]) for row, n in zip(table, counts, strict=True)]
+            sampled[torch.from_numpy(rows).to(self.device)],
+            torch.from_numpy(padded).to(self.device),
+        )
+        ends = (starts + 1 + counts.cpu().numpy()).tolist()
+        flat = sampled.tolist()
+        return [tuple(flat[i:j]) for i, j in zip(starts.tolist(), ends, strict=True)]
 
     def _logprobs(
         self, logits: Tensor, runs: Seq[Run], drafts: Seq[Seq[int]], tokens: Seq[tuple[int, ...]]

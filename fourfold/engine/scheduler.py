@@ -13,12 +13,16 @@ evicted. A step's parts are to be carried out in the order of `Step`'s fields.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from fourfold.cache.blocks import IdPool
 from fourfold.cache.image import StateImage
-from fourfold.cache.pages import chain_next
+from fourfold.cache.pages import chain_at
 from fourfold.cache.prefix import PrefixCache
 from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.errors import CapacityError, RequestError
@@ -58,9 +62,8 @@ class Restoring:
     carry: int
 
 
-@dataclass(frozen=True)
-class Run:
-    """The next `count` tokens of a sequence, its drafts included.
+class Run(NamedTuple):
+    """The next `count` tokens of a sequence, the last of them the `drafts` to verify.
 
     `samples` says that the run reaches the end of what is known, so that tokens are sampled;
     `keep_image` that the state after it is worth an image.
@@ -70,6 +73,11 @@ class Run:
     count: int
     samples: bool
     keep_image: bool = False
+    drafts: Seq[int] = ()
+
+    def standing(self, sampled: int) -> int:
+        """How many of its tokens stand after it sampled `sampled`: all but rejected drafts."""
+        return self.count - len(self.drafts) + max(sampled - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -127,9 +135,10 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step. Empty runs only if nothing can run."""
         budget, runs, restorings = self.limits.max_num_batched_tokens, [], []
-        self._savings = []
+        self._savings, preemptions = [], self.num_preemptions
         scheduled: set[int] = set()
-        for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.rank)):
+        by_rank = sorted(self.running, key=attrgetter("rank"))
+        for sequence in sorted(by_rank, key=lambda s: not s.is_decoding):
             if sequence.state_slot < 0:
                 continue  # preempted for one before it
             run = self._run(sequence, budget, scheduled)
@@ -137,14 +146,21 @@ class Scheduler:
                 runs.append(run)
                 scheduled.add(sequence.arrival)
                 budget -= run.count
-        while budget > 0 and (restoring := self._start(bool(self._savings))) is not None:
-            sequence, image, carry = restoring
+        # Whoever was just preempted would come straight back and push out another.
+        crowded = self.num_preemptions > preemptions
+        promised = self._promised() if self._can_start(budget) and not crowded else 0
+        while not crowded and self._can_start(budget):
+            started = self._start(promised)
+            if started is None:
+                break
+            sequence, image, carry = started
             if image is not None:
                 restorings.append(Restoring(sequence, image, carry))
-            run = self._run(sequence, budget, {s.arrival for s in self.running})
+            run = self._run(sequence, budget, None)
             if run:
                 runs.append(run)
                 budget -= run.count
+            promised += _lacking(sequence)
         return Step(tuple(self._savings), tuple(restorings), tuple(runs))
 
     def finish(self, sequence: Sequence) -> None:
@@ -160,19 +176,27 @@ class Scheduler:
             else:
                 self._gone.add(sequence.arrival)
                 self._forget_saved(sequence)
-        while self._waiting and self._waiting[0][1].arrival in self._gone:
-            self._gone.discard(heapq.heappop(self._waiting)[1].arrival)
+        if 2 * len(self._gone) > len(self._waiting):
+            self._waiting = [w for w in self._waiting if w[1].arrival not in self._gone]
+            heapq.heapify(self._waiting)
+            self._gone.clear()
 
     def commit(self, sequence: Sequence) -> None:
         """Note that `num_computed_tokens` has grown: full pages become findable."""
         if not self.cache.enabled:
             return
         while (len(sequence.chain) + 1) * PAGE_TOKENS <= sequence.num_computed_tokens:
-            begin = len(sequence.chain) * PAGE_TOKENS
-            before = sequence.chain[-1] if sequence.chain else sequence.root
-            digest = chain_next(before, sequence.token_ids[begin : begin + PAGE_TOKENS])
-            self.cache.pages.publish(sequence.block_ids[len(sequence.chain)], digest)
+            page = len(sequence.chain)
+            digest = chain_at(sequence.root, sequence.hashes, sequence.token_ids, page)
+            self.cache.pages.publish(sequence.block_ids[page], digest)
             sequence.chain.append(digest)
+
+    def keep_image(self, sequence: Sequence, image: StateImage) -> None:
+        """Make an image of a running sequence's present state findable."""
+        # Another's page with the same content may have stood for its own and be gone since.
+        self._publish(sequence)
+        tail = sequence.token_ids[len(sequence.chain) * PAGE_TOKENS : image.position]
+        self.cache.add(sequence.root, sequence.chain, tail, image)
 
     def saved(self, sequence: Sequence, image: StateImage | None) -> None:
         """The image of a preempted sequence; None: it could not be kept and starts over."""
@@ -182,14 +206,16 @@ class Scheduler:
         else:
             self._saved_bytes += image.nbytes
 
-    def _run(self, sequence: Sequence, budget: int, keep: set[int]) -> Run | None:
-        """The sequence's next run within `budget`, with pages for it; sequences in `keep` stay."""
-        known = len(sequence.token_ids) - sequence.num_computed_tokens
+    def _run(self, sequence: Sequence, budget: int, keep: set[int] | None) -> Run | None:
+        """The sequence's next run within `budget`, with pages for it. Sequences whose arrival is in
+        `keep` stay; None: all do."""
+        drafts: Seq[int] = ()
         keep_image = False
         if sequence.is_decoding:
-            count = min(1 + len(sequence.drafts), budget)
-            samples = count > 0
+            drafts = sequence.drafts[: max(budget - 1, 0)]
+            count, samples = min(1 + len(drafts), budget), budget > 0
         else:
+            known = len(sequence.token_ids) - sequence.num_computed_tokens
             count, samples = min(known, budget), known <= budget
             stop = sequence.next_image_position(self.limits.image_interval)
             if self.cache.enabled and stop is not None:
@@ -199,44 +225,54 @@ class Scheduler:
         if not count:
             return None
         needed = pages_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
-        while needed > self.cache.pages.num_available:
-            victim = max(
-                (s for s in self.running if s.arrival not in keep and s is not sequence),
-                key=lambda s: s.rank,
-                default=None,
-            )
-            if victim is None or victim.rank < sequence.rank:
-                return None
-            self._preempt(victim)
         if needed > 0:
-            sequence.block_ids += self.cache.pages.allocate(needed)
-        return Run(sequence, count, samples, keep_image)
+            if not self._make_room(sequence, needed, keep):
+                return None
+            sequence.block_ids.extend(self.cache.pages.allocate(needed))
+        return Run(sequence, count, samples, keep_image, drafts)
 
-    def _start(self, crowded: bool) -> tuple[Sequence, StateImage | None, int] | None:
-        """Bring in the first waiting sequence, if a slot and pages for all its tokens are there."""
+    def _make_room(self, sequence: Sequence, needed: int, keep: set[int] | None) -> bool:
+        """Preempt running sequences of larger rank until `needed` pages are there; whether they are."""
+        while needed > self.cache.pages.num_available:
+            others = () if keep is None else (s for s in self.running if s.arrival not in keep)
+            victim = max(others, key=attrgetter("rank"), default=sequence)
+            if victim.rank <= sequence.rank:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _can_start(self, budget: int) -> bool:
         while self._waiting and self._waiting[0][1].arrival in self._gone:
             self._gone.discard(heapq.heappop(self._waiting)[1].arrival)
-        # Whoever was just preempted would come straight back and push out another.
-        if crowded or not self._waiting or not self.slots.num_free:
-            return None
+        return budget > 0 and bool(self._waiting) and self.slots.num_free > 0
+
+    def _promised(self) -> int:
+        """Pages that running sequences still need for the tokens they have. They were brought in
+        because the pages were there; others must not take them."""
+        return sum(map(_lacking, self.running))
+
+    def _start(self, promised: int) -> tuple[Sequence, StateImage | None, int] | None:
+        """Bring in the first waiting sequence, if pages for all its tokens are there besides those
+        `promised` to others."""
         sequence = self._waiting[0][1]
-        wanted = pages_for(len(sequence.token_ids) + 1)
+        pages_left = self.cache.pages.num_available - promised
+        if pages_left < 1:
+            return None  # its last page is always its own
         image, pages, carry = self._look_up(sequence)
-        if wanted - len(pages) > self.cache.pages.num_available:
+        wanted = pages_for(len(sequence.token_ids) + 1)
+        if wanted - len(pages) > self.cache.pages.num_available - promised:
             self.cache.pages.release(pages)
             return None
         heapq.heappop(self._waiting)
         position = image.position if image else 0
-        sequence.block_ids = [*pages]
         missing = pages_for(position) - len(pages)
-        sequence.block_ids += self.cache.pages.allocate(missing)
+        sequence.block_ids = array("q", (*pages, *self.cache.pages.allocate(missing)))
         sequence.state_slot = self.slots.take(1)[0]
         sequence.num_computed_tokens, sequence.fold_version = position, 0
         self.running.append(sequence)
         if sequence.saved is not None:
             self._forget_saved(sequence)
-            for page, digest in zip(sequence.block_ids, sequence.chain, strict=False):
-                self.cache.pages.publish(page, digest)
+            self._publish(sequence)
         else:
             sequence.chain = []
             self.commit(sequence)
@@ -250,15 +286,20 @@ class Scheduler:
             # Every prompt position must run to give its logits.
             sequence.cache_miss = "prompt_logprobs needs every prompt token computed"
             return None, (), 0
-        hit = self.cache.find(sequence.root, sequence.token_ids)
+        hit = self.cache.find(sequence.root, sequence.token_ids, sequence.hashes)
         if not sequence.reported:
             sequence.cached_tokens, sequence.cache_miss = hit.position, hit.miss
         return hit.image, hit.pages, 0
 
+    def _publish(self, sequence: Sequence) -> None:
+        for page, digest in zip(sequence.block_ids, sequence.chain, strict=False):
+            self.cache.pages.publish(page, digest)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         carried = pages_for(sequence.num_computed_tokens)
-        size = self.limits.slot_bytes + carried * self.limits.page_bytes
+        size = self._image_bytes(carried)
+        size += sum(self._image_bytes(len(each.block_ids)) for each in self._savings)
         if sequence.num_computed_tokens and self._saved_bytes + size <= self.limits.preempt_bytes:
             self._savings.append(
                 Saving(
@@ -274,12 +315,20 @@ class Scheduler:
         self._release(sequence)
         heapq.heappush(self._waiting, (sequence.rank, sequence))
 
+    def _image_bytes(self, num_pages: int) -> int:
+        return self.limits.slot_bytes + num_pages * self.limits.page_bytes
+
     def _release(self, sequence: Sequence) -> None:
         self.cache.pages.release(sequence.block_ids)
         self.slots.give_back([sequence.state_slot])
-        sequence.block_ids, sequence.state_slot = [], -1
+        sequence.block_ids, sequence.state_slot = array("q"), -1
 
     def _forget_saved(self, sequence: Sequence) -> None:
         if sequence.saved is not None:
             self._saved_bytes -= sequence.saved.nbytes
             sequence.saved = None
+
+
+def _lacking(sequence: Sequence) -> int:
+    """Pages that a sequence does not have yet for all its tokens and one more."""
+    return max(pages_for(len(sequence.token_ids) + 1) - len(sequence.block_ids), 0)

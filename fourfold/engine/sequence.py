@@ -5,6 +5,7 @@ Contract: plain host data; the scheduler owns the placement (pages, slot), the e
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -13,12 +14,13 @@ from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.request import FinishReason, Request, TokenLogprobs
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A prompt and what was generated from it so far.
 
     The first `num_computed_tokens` of `token_ids` are in the state; of a decoding sequence that is
-    all but the last. `drafts` are guesses at the tokens after it. `max_tokens` is resolved.
+    all but the last. `drafts` are guesses at the tokens after it. `max_tokens` is resolved. Sequences
+    of smaller `rank` run first.
     """
 
     request: Request
@@ -30,10 +32,11 @@ class Sequence:
     root: bytes  # of its hash chain
     token_ids: list[int]
     num_computed_tokens: int = 0
-    drafts: list[int] = field(default_factory=list)
+    drafts: Seq[int] = ()
     # where its state is
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: array[int] = field(default_factory=lambda: array("q"))
     chain: list[bytes] = field(default_factory=list)  # hashes of its committed full pages
+    hashes: list[bytes] = field(default_factory=list)  # those of its full pages known so far
     state_slot: int = -1
     fold_version: int = 0
     saved: StateImage | None = None  # while preempted
@@ -42,15 +45,16 @@ class Sequence:
     cache_miss: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     reported: bool = False  # an output was sent
+    # what never changes
+    rank: tuple[int, int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    changes_logits: bool = field(init=False)  # by penalties, biases, or barred tokens
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller runs first."""
-        return self.request.priority, self.arrival
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.rank = self.request.priority, self.arrival
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.changes_logits = bool(params.has_penalties or params.logit_bias or params.min_tokens)
 
     @property
     def num_output_tokens(self) -> int:
@@ -59,7 +63,8 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether all known tokens but the last are in the state."""
-        return self.num_output_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
+        last = len(self.token_ids) - 1
+        return self.num_computed_tokens == last and last >= self.num_prompt_tokens
 
     @property
     def drafts_wanted(self) -> int:
@@ -69,10 +74,10 @@ class Sequence:
     def until_end(self, token_ids: Seq[int]) -> tuple[int, ...]:
         """The tokens it takes of those sampled: none after a stop token or beyond max_tokens."""
         room = self.max_tokens - self.num_output_tokens
-        for index, token in enumerate(token_ids[:room]):
-            if token in self.stop_ids:
-                return tuple(token_ids[: index + 1])
-        return tuple(token_ids[:room])
+        for count, token in enumerate(token_ids, 1):
+            if count == room or token in self.stop_ids:
+                return tuple(token_ids[:count])
+        return tuple(token_ids)
 
     def finish_reason(self) -> FinishReason | None:
         """Why it is over after the tokens it has, None while it is not."""

@@ -12,7 +12,7 @@ never meets outputs of its former life. It does not know sockets. The only file 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -34,43 +34,43 @@ class _Frame(msgspec.Struct, array_like=True, frozen=True, tag=str.lower):
     """Base of all frames."""
 
 
-class Start(_Frame):
+class Start(_Frame, frozen=True):
     """The first frame: load this."""
 
     launch: Launch
 
 
-class Add(_Frame):
+class Add(_Frame, frozen=True):
     """Run a request. It is decoded apart, so that a bad one harms nobody else."""
 
     key: str
     request: msgspec.Raw
 
 
-class Abort(_Frame):
+class Abort(_Frame, frozen=True):
     """Drop a request, or one of its sequences; no outputs of it follow."""
 
     key: str
     index: int | None = None
 
 
-class AskStats(_Frame):
+class AskStats(_Frame, frozen=True):
     """Send an `Answer` with counts."""
 
     ticket: int
 
 
-class ResetCache(_Frame):
+class ResetCache(_Frame, frozen=True):
     """Give up cached pages and images nobody uses, then send an `Answer`."""
 
     ticket: int
 
 
-class Stop(_Frame):
+class Stop(_Frame, frozen=True):
     """Drop everything and exit."""
 
 
-class Loading(_Frame):
+class Loading(_Frame, frozen=True):
     """Progress of loading, in bytes."""
 
     part: str
@@ -78,24 +78,24 @@ class Loading(_Frame):
     total: int
 
 
-class Ready(_Frame):
+class Ready(_Frame, frozen=True):
     """The engine takes requests."""
 
     info: EngineInfo
 
 
-class Failed(_Frame):
+class Failed(_Frame, frozen=True):
     """The engine cannot start, for a reason that is the user's to mend."""
 
     kind: str
     message: str
 
 
-class Beat(_Frame):
+class Beat(_Frame, frozen=True):
     """The engine's process is alive."""
 
 
-class StepBegun(_Frame):
+class StepBegun(_Frame, frozen=True):
     """A step is about to run."""
 
     step: StepInfo
@@ -150,14 +150,14 @@ class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
         )
 
 
-class StepDone(_Frame):
+class StepDone(_Frame, frozen=True):
     """A step is over; what it added to whom."""
 
     num_steps: int
     rows: tuple[Row, ...]
 
 
-class Refused(_Frame):
+class Refused(_Frame, frozen=True):
     """A request cannot run."""
 
     key: str
@@ -165,14 +165,14 @@ class Refused(_Frame):
     message: str
 
 
-class Answer(_Frame):
+class Answer(_Frame, frozen=True):
     """To an `AskStats` or a `ResetCache`."""
 
     ticket: int
     stats: EngineStats | None = None
 
 
-class Crashed(_Frame):
+class Crashed(_Frame, frozen=True):
     """The engine ends by a defect, whose traceback is on its standard error."""
 
     message: str
@@ -244,10 +244,10 @@ class FrameSplitter:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
         """The frames that `data` completes. Raises `WireError` for a length above the bound."""
         self._buffer += data
-        begin = 0
+        frames, begin = [], 0
         while len(self._buffer) - begin >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, begin)
             if length > MAX_FRAME_BYTES:
@@ -255,9 +255,10 @@ class FrameSplitter:
             end = begin + _LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            yield bytes(self._buffer[begin + _LENGTH.size : end])
+            frames.append(bytes(self._buffer[begin + _LENGTH.size : end]))
             begin = end
         del self._buffer[:begin]
+        return frames
 
 
 def error_kind(error: FourfoldError) -> str:

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import MappingProxyType
 
 from fourfold.core.device import Device, Feature
 from fourfold.ops.registry import Kernel
 
-_FAMILY_NEEDS = {"triton": Feature.TRITON, "nvidia": Feature.TRITON, "amd": Feature.TRITON}
+_FAMILY_NEEDS = MappingProxyType(
+    {"triton": Feature.TRITON, "nvidia": Feature.TRITON, "amd": Feature.TRITON}
+)
 
 
 def load(device: Device) -> tuple[Kernel, ...]:
     """All kernels whose family can be imported for `device`."""
     found: list[Kernel] = []
-    for module in pkgutil.walk_packages(__path__, __name__ + "."):
-        family = module.name.split(".")[2]
-        if _FAMILY_NEEDS.get(family) not in (None, *device.features):
+    for family in pkgutil.iter_modules(__path__, __name__ + "."):
+        needs = _FAMILY_NEEDS.get(family.name.rpartition(".")[2])
+        if needs is not None and needs not in device.features:
             continue
-        found.extend(getattr(importlib.import_module(module.name), "KERNELS", ()))
+        package = importlib.import_module(family.name)
+        for module in pkgutil.iter_modules(package.__path__, family.name + "."):
+            found.extend(importlib.import_module(module.name).KERNELS)
     return tuple(found)

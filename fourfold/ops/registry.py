@@ -119,7 +119,8 @@ def op(
 class Kernel:
     """Another body for op `op`, available where `needs` ⊆ the device's features.
 
-    `supports` says why a model's shapes do not suit it (None: they do). Larger `priority` is tried
+    `dtypes` are the model dtypes it takes; `supports` says why a model's shapes do not suit it (None:
+    they do). Larger `priority` is tried
     first; the body has priority 0.
     """
 
@@ -128,6 +129,7 @@ class Kernel:
     run: Callable[..., Any]
     needs: frozenset[Feature] = frozenset()
     priority: int = 10
+    dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float32})
     supports: Callable[[ModelConfig], str | None] = field(default=lambda config: None)
 
 
@@ -172,9 +174,10 @@ class KernelPlan:
         kernels: Sequence[Kernel],
         device: Device,
         config: ModelConfig,
+        dtype: torch.dtype,
         overrides: Mapping[str, str] | None = None,
     ) -> KernelPlan:
-        """Choose a kernel for every op.
+        """Choose a kernel for every op of a model that runs in `dtype`.
 
         `overrides` maps op names to kernel names (`--kernel OP=NAME`); `KernelError` if either does
         not exist or the kernel cannot run here.
@@ -192,7 +195,8 @@ class KernelPlan:
             candidates = sorted(
                 (k for k in kernels if k.op == each.name), key=lambda k: -k.priority
             )
-            kernel, choice = _choose(each.name, candidates, device, config, forced.get(each.name))
+            refusals = {k.name: _refusal(k, device, config, dtype) for k in candidates}
+            kernel, choice = _choose(each.name, candidates, refusals, device, forced.get(each.name))
             if kernel:
                 chosen[each.name] = kernel
             choices.append(choice)
@@ -210,11 +214,10 @@ class KernelPlan:
 def _choose(
     name: str,
     candidates: Sequence[Kernel],
+    refusals: Mapping[str, str | None],
     device: Device,
-    config: ModelConfig,
     forced: str | None,
 ) -> tuple[Kernel | None, Choice]:
-    refusals = {k.name: _refusal(k, device, config) for k in candidates}
     if forced is not None:
         if forced == BODY:
             return None, Choice(name, BODY, "forced by --kernel")
@@ -236,9 +239,11 @@ def _choose(
     return None, Choice(name, BODY, reason, tuple(rejected))
 
 
-def _refusal(kernel: Kernel, device: Device, config: ModelConfig) -> str | None:
+def _refusal(kernel: Kernel, device: Device, config: ModelConfig, dtype: torch.dtype) -> str | None:
     missing = kernel.needs - device.features
     if missing:
         names = ", ".join(sorted(f.value for f in missing))
         return f"needs {names}, which {device.arch.name} lacks"
+    if dtype not in kernel.dtypes:
+        return f"does not take {dtype}"
     return kernel.supports(config)

@@ -53,7 +53,7 @@ def _is_block(word: str) -> bool:
 class ToolReader:
     """Reads the calls of one answer. `completed` counts those that have ended."""
 
-    def __init__(self, new_id: Callable[[], str], events: list[Event]) -> None:
+    def __init__(self, new_id: Callable[[int], str], events: list[Event]) -> None:
         """Events are appended to `events`, which the owner empties."""
         self._new_id = new_id
         self._events = events
@@ -173,7 +173,7 @@ class ToolReader:
         self._state = _State.OPENED
         self._index += 1
         self._keys, self._body = set(), []
-        self._events.append(ToolCallStart(self._index, self._new_id(), name))
+        self._events.append(ToolCallStart(self._index, self._new_id(self._index), name))
 
     def _opened_text(self, text: str) -> str:
         """Up to the end of an invoke tag; one that ends in a slash is the whole call."""

@@ -37,16 +37,17 @@ class _State(Enum):
     TOOLS = auto()
 
 
-def new_call_id() -> str:
-    """An id for a tool call that no other call has."""
-    return f"call_{uuid.uuid4().hex}"
+def new_call_id(index: int) -> str:
+    """An id for the call with this index that no other call has; ids of one answer sort as the calls
+    do, which some encoders of this format rely on."""
+    return f"call_{index:02}_{uuid.uuid4().hex}"
 
 
 class _Machine:
     """The state machine over text and markers that both parsers feed."""
 
     def __init__(
-        self, start: ParserStart, tools: bool, stop: StopMatcher, new_id: Callable[[], str]
+        self, start: ParserStart, tools: bool, stop: StopMatcher, new_id: Callable[[int], str]
     ) -> None:
         self._tools = tools
         self._stop = stop
@@ -58,7 +59,7 @@ class _Machine:
         # Whether line breaks are still dropped because nothing has come before them.
         self._fresh = start in (ParserStart.REASONING, ParserStart.CONTENT)
         # Blanks that are dropped if a marker follows; "<" or "</" that may begin a tag.
-        self._held = ""
+        self._held: list[str] = []
         self._angle = ""
         self._shown = start is ParserStart.CONTENT_CONTINUED
         # Whether stop strings count already.
@@ -105,7 +106,8 @@ class _Machine:
             # In reasoning it ends it; in content it is dropped, and the texts around it join.
             self._fresh = self._state is _State.REASONING
             if self._fresh:
-                self._state, self._held = _State.CONTENT, ""
+                self._state = _State.CONTENT
+                self._held.clear()
 
     def finish(self, reason: str) -> None:
         if self.stopped is not None:
@@ -115,8 +117,7 @@ class _Machine:
             self._reader.finish()
         else:
             self._plain_angle()
-            held, self._held = self._held, ""
-            self._show(held)
+            self._show("".join(self._held))
             self._content(self._stop.finish())
         calls = self._reader.completed and not (reason == "length" and self._reader.unfinished)
         if self.stopped is not None:
@@ -136,7 +137,7 @@ class _Machine:
             if closing:
                 return
             # Line breaks before a block are its own; so are blanks if there is nothing else.
-            self._held = ""
+            self._held.clear()
             if self._state is _State.CONTENT:
                 self._content(self._stop.finish())
             self._state = _State.TOOLS
@@ -153,15 +154,17 @@ class _Machine:
         if not text:
             return
         self._fresh = False
-        text = self._held + text
         if self._state is _State.CONTENT and not self._tools:
-            shown = text
-        elif self._state is _State.CONTENT and not self._shown and not text.strip():
-            shown = ""
-        else:
+            self._show(text)
+            return
+        blank = None if self._state is _State.CONTENT and not self._shown else "\n"
+        if text.strip(blank):
+            text = "".join(self._held) + text
             shown = text.rstrip("\n")
-        self._held = text[len(shown) :]
-        self._show(shown)
+            self._show(shown)
+            self._held.clear()
+            text = text[len(shown) :]
+        self._held.append(text)
 
     def _skip_tag(self, text: str) -> str:
         """What follows a stray closing tag in `text`."""
@@ -196,7 +199,7 @@ class TokenParser:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
-        new_id: Callable[[], str] = new_call_id,
+        new_id: Callable[[int], str] = new_call_id,
     ) -> None:
         """`start` and `tools` as the `EncodedPrompt` says (`start`, `parse_tools`).
 
@@ -254,7 +257,7 @@ class TextParser:
         *,
         stop: Sequence[str] = (),
         include_stop: bool = False,
-        new_id: Callable[[], str] = new_call_id,
+        new_id: Callable[[int], str] = new_call_id,
     ) -> None:
         """Arguments as for `TokenParser`."""
         self._machine = _Machine(start, tools, StopMatcher(stop, include_stop), new_id)

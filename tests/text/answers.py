@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,16 @@ def call(name: str, arguments: object, call_id: str = "c1") -> dict[str, Any]:
     }
 
 
-def numbered() -> Iterator[str]:
+def numbered(index: int) -> str:
     """Ids for calls that a test can know."""
-    return (f"call_{number}" for number in itertools.count())
+    return f"call_{index}"
 
 
 def events_of_text(
     pieces: Iterable[str], start: ParserStart, tools: bool = True, finish: str = "stop", **more: Any
 ) -> list[Event]:
     """Every event of an answer that arrives in these pieces."""
-    ids = numbered()
-    parser = TextParser(start, tools, new_id=lambda: next(ids), **more)
+    parser = TextParser(start, tools, new_id=numbered, **more)
     events = [event for piece in pieces for event in parser.push(piece)]
     return events + parser.finish(finish)
 
@@ -77,8 +76,7 @@ def events_of_tokens(
     ids: Iterable[int], start: ParserStart, tools: bool = True, finish: str = "stop", **more: Any
 ) -> list[Event]:
     """Every event of an answer in token ids."""
-    names = numbered()
-    parser = TokenParser(TOKENIZER, start, tools, new_id=lambda: next(names), **more)
+    parser = TokenParser(TOKENIZER, start, tools, new_id=numbered, **more)
     events = [event for index in ids for event in parser.push(index)]
     return events + parser.finish(finish)
 

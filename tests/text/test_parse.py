@@ -348,7 +348,7 @@ def test_the_events_of_a_call_come_in_order() -> None:
 
 def test_string_values_and_text_are_not_held_longer_than_needed() -> None:
     parser_events: list[list[Event]] = []
-    parser = TokenParser(TOKENIZER, CONTENT, True, new_id=lambda: "id")
+    parser = TokenParser(TOKENIZER, CONTENT, True, new_id=str)
     text = f'a < b\n\n<{D}invoke name="f">\n<{D}parameter name="x" string="true">one two'
     for index in TOKENIZER.encode(text, allow_special=True):
         parser_events.append(parser.push(index))
@@ -358,8 +358,10 @@ def test_string_values_and_text_are_not_held_longer_than_needed() -> None:
     assert "".join(arguments) == '{"x": "one two'
 
 
-def test_ids_of_calls_are_unique() -> None:
-    assert len({new_call_id() for _ in range(100)}) == 100
+def test_ids_of_calls_are_unique_and_sort_as_the_calls() -> None:
+    ids = [new_call_id(index) for index in range(100)]
+    assert len({*ids, *map(new_call_id, range(100))}) == 200
+    assert ids == sorted(ids)
 
 
 # ---- stop strings ----

@@ -1,0 +1,91 @@
+"""Kernel plans: chosen once, by features, dtype and shape, with a reason for everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourfold import kernels
+from fourfold.core.device import ARCHS, Device, Feature
+from fourfold.core.errors import KernelError
+from fourfold.ops.catalog import OPS
+from fourfold.ops.registry import Kernel, KernelPlan
+from tests.support import small_config
+
+FAST = Kernel("rms_norm", "fast", lambda x, weight, eps: x, frozenset({Feature.FP8_MATRIX}), 20)
+SLOW = Kernel("rms_norm", "slow", lambda x, weight, eps: 2 * x, frozenset({Feature.TRITON}))
+
+
+def resolve(
+    arch: str, *ks: Kernel, dtype: torch.dtype = torch.bfloat16, **forced: str
+) -> KernelPlan:
+    device = Device(ARCHS[arch], torch.device("cpu"))
+    return KernelPlan.resolve(OPS, ks, device, small_config(), dtype, forced)
+
+
+def choice(plan: KernelPlan, op: str) -> tuple[str, str, dict[str, str]]:
+    found = next(c for c in plan.choices if c.op == op)
+    return found.kernel, found.reason, dict(found.rejected)
+
+
+def test_the_first_that_suits_the_device_is_chosen_and_the_rest_have_reasons() -> None:
+    assert choice(resolve("sm_90", SLOW, FAST), "rms_norm")[0] == "fast"
+    name, reason, rejected = choice(resolve("sm_80", SLOW, FAST), "rms_norm")
+    assert (name, reason) == ("slow", "first that suits sm_80")
+    assert "FP8 matrix units" in rejected["fast"]
+    name, _, rejected = choice(resolve("cpu", SLOW, FAST), "rms_norm")
+    assert name == "body"
+    assert set(rejected) == {"fast", "slow"}
+    name, _, rejected = choice(resolve("sm_90", FAST, dtype=torch.float64), "rms_norm")
+    assert name == "body"
+    assert "float64" in rejected["fast"]
+
+
+def test_shapes_can_be_refused() -> None:
+    limited = Kernel("rms_norm", "limited", FAST.run, supports=lambda c: f"hidden {c.hidden_size}")
+    name, _, rejected = choice(resolve("sm_90", limited), "rms_norm")
+    assert name == "body"
+    assert rejected["limited"] == "hidden 64"
+
+
+def test_an_override_is_obeyed_or_refused_by_name() -> None:
+    assert choice(resolve("sm_90", SLOW, FAST, rms_norm="slow"), "rms_norm")[0] == "slow"
+    assert choice(resolve("sm_90", FAST, rms_norm="body"), "rms_norm")[0] == "body"
+    for forced, words in (
+        ({"rms_norm": "none"}, "no such kernel"),
+        ({"nothing": "body"}, "no such op"),
+    ):
+        with pytest.raises(KernelError, match=words):
+            resolve("sm_90", FAST, **forced)
+    with pytest.raises(KernelError, match="FP8 matrix units"):
+        resolve("sm_80", FAST, rms_norm="fast")
+
+
+def test_the_plan_runs_what_it_says_and_prints_it() -> None:
+    plan, x = resolve("sm_90", SLOW), torch.ones(1, 2)
+    assert torch.equal(plan.rms_norm(x, x[0], 1e-6), 2 * x)
+    assert "rms_norm" in plan.describe()
+    with pytest.raises(AttributeError, match="no op"):
+        _ = plan.not_an_op
+
+
+def test_a_composite_reaches_kernels_for_its_parts() -> None:
+    seen = []
+
+    def post(
+        z: torch.Tensor, streams: torch.Tensor, p: torch.Tensor, c: torch.Tensor
+    ) -> torch.Tensor:
+        seen.append("part")
+        return streams
+
+    plan = resolve("sm_90", Kernel("hc_post", "k", post))
+    op = next(o for o in OPS if o.name == "hc_post_pre")
+    from fourfold.ops.registry import CaseMaker
+
+    case = next(iter(op.cases(CaseMaker.seeded(torch.float32))))
+    plan.hc_post_pre(**case.arguments)
+    assert seen == ["part"]
+
+
+def test_a_cpu_loads_no_triton() -> None:
+    assert all(not k.needs for k in kernels.load(Device(ARCHS["cpu"], torch.device("cpu"))))
