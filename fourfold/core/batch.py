@@ -215,12 +215,16 @@ def _emission(
 def _to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
     """Tensors of the same shapes, moved in one copy; each starts at a multiple of 128 bytes."""
     aligned = 16
-    starts = np.cumsum([0, *(-(-part.size // aligned) * aligned for part in parts)])
-    packed = np.empty(starts[-1], np.int64)
-    for begin, part in zip(starts, parts, strict=False):
-        packed[begin : begin + part.size] = part.ravel()
+    sizes = [part.size for part in parts]
+    gaps = [-size % aligned for size in sizes]
+    packed = np.empty(sum(sizes) + sum(gaps), np.int64)
+    begin = 0
+    for part, size, gap in zip(parts, sizes, gaps, strict=True):
+        packed[begin : begin + size] = part.ravel()
+        begin += size + gap
     moved = torch.from_numpy(packed).to(device, non_blocking=True)
+    flat = moved.split([*chain.from_iterable(zip(sizes, gaps, strict=True))])[::2]
     return [
-        moved[begin : begin + part.size].view(part.shape)
-        for begin, part in zip(starts.tolist(), parts, strict=False)
+        each if part.ndim == 1 else each.view(part.shape)
+        for each, part in zip(flat, parts, strict=True)
     ]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from fourfold.core.errors import RequestError
 
@@ -145,8 +146,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step added to one of a request's n sequences (`index`).
 
     The first output of a sequence carries `cached_tokens` (prompt tokens not computed again),

@@ -146,12 +146,9 @@ class Engine:
         self.stats.num_steps += 1
         num_tokens = sum(run.count for run in step.runs)
         self._on_step(StepInfo(self.stats.num_steps, len(step.runs), num_tokens))
-        outputs = []
-        for run, result in zip(step.runs, self.runner.run(step.runs), strict=True):
-            output = self._commit(run, result)
-            if output is not None:
-                outputs.append(output)
-        return outputs
+        results = self.runner.run(step.runs)
+        outputs = [self._commit(run, got) for run, got in zip(step.runs, results, strict=True)]
+        return [output for output in outputs if output is not None]
 
     def run(self) -> Iterator[RequestOutput]:
         """Step until every request has ended."""
@@ -200,30 +197,29 @@ class Engine:
         if not result.finite:
             self._end(sequence)
             error = "the model's numbers were not finite"
-            return self._output(sequence, (), FinishReason.ERROR, error=error)
-        if sequence.request.params.prompt_logprobs is not None:
+            return self._output(sequence, RunResult(0), FinishReason.ERROR, error=error)
+        if result.prompt_logprobs:
             begin = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs[begin:] = result.prompt_logprobs
-        accepted = max(len(tokens) - 1, 0)
-        self._count_drafts(len(run.drafts), accepted)
-        sequence.num_computed_tokens += run.standing(len(tokens))
-        sequence.fold_version = accepted
-        sequence.token_ids += tokens
-        sequence.drafts = result.drafts[: max(sequence.drafts_wanted, 0)]
+        if run.drafts:
+            self._count_drafts(len(run.drafts), len(tokens) - 1)
+        sequence.advance(result.standing, tokens, result.drafts)
         self.scheduler.commit(sequence)
         reason = sequence.finish_reason() if tokens else None
         if run.keep_image or reason:
             self._keep_image(sequence)
-        self._release_held(sequence, reason)
+        if self._held:
+            self._release_held(sequence, reason)
         self.stats.generation_tokens += len(tokens)
         if reason:
             self._end(sequence)
-        return self._output(sequence, result, reason, accepted=accepted) if tokens else None
+        return self._output(sequence, result, reason) if tokens else None
 
     def _count_drafts(self, drafted: int, accepted: int) -> None:
         for position in range(drafted):
             self.stats.drafted[position] += 1
-            self.stats.accepted[position] += position < accepted
+        for position in range(accepted):
+            self.stats.accepted[position] += 1
 
     def _keep_image(self, sequence: Sequence) -> None:
         if self.scheduler.cache.enabled:
@@ -251,30 +247,28 @@ class Engine:
     def _output(
         self,
         sequence: Sequence,
-        result: RunResult | tuple[()],
+        result: RunResult,
         reason: FinishReason | None,
-        accepted: int = 0,
         error: str | None = None,
     ) -> RequestOutput:
-        first = not sequence.reported
-        sequence.reported = True
-        wants_prompt = first and sequence.request.params.prompt_logprobs is not None
-        tokens = result.token_ids if isinstance(result, RunResult) else ()
-        stopped = reason is FinishReason.STOP
-        if first:
+        tokens, prompt_logprobs = result.token_ids, None
+        if not sequence.reported:
+            sequence.reported = True
             self.stats.prompt_tokens += sequence.num_prompt_tokens
             self.stats.cached_tokens += sequence.cached_tokens
+            if sequence.request.params.prompt_logprobs is not None:
+                prompt_logprobs = tuple(sequence.prompt_logprobs)
         return RequestOutput(
             request_id=sequence.request.request_id,
             new_token_ids=tokens,
             finish_reason=reason,
             index=sequence.index,
-            stop_reason=tokens[-1] if stopped else None,
-            logprobs=result.logprobs if isinstance(result, RunResult) else (),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if wants_prompt else None,
+            stop_reason=tokens[-1] if reason is FinishReason.STOP else None,
+            logprobs=result.logprobs,
+            prompt_logprobs=prompt_logprobs,
             cached_tokens=sequence.cached_tokens,
             cache_miss=sequence.cache_miss,
-            accepted_drafts=accepted,
+            accepted_drafts=max(len(tokens) - 1, 0),
             error=error,
         )
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,14 +33,25 @@ PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once
 
 
 class RunResult(NamedTuple):
-    """What a run brought: tokens sampled (none: the run did not sample), whether its numbers were
-    finite, drafts after the last token, and log probabilities where asked for."""
+    """What a run brought: how many of its tokens stand (all but rejected drafts), tokens sampled (none:
+    the run did not sample), whether its numbers were finite, drafts after the last token, and log
+    probabilities where asked for."""
 
+    standing: int
     token_ids: tuple[int, ...] = ()
     finite: bool = True
     drafts: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def _standing(runs: Seq[Run], tokens: Seq[tuple[int, ...]]) -> list[int]:
+    """How many of each run's tokens stand, given what those that sample have sampled."""
+    sampled = iter(tokens)
+    return [
+        run.count - len(run.drafts) + len(next(sampled)) - 1 if run.samples else run.count
+        for run in runs
+    ]
 
 
 class Runner:
@@ -111,14 +123,17 @@ class Runner:
         finite = [not bad for bad in self._nonfinite(batch, out).tolist()]
         sampling = [run for run in runs if run.samples]
         tokens, logprobs, sampled = self.sampler.sample(out.logits, sampling)
-        drafts = self._draft(runs, batch, out, sampled, tokens)
-        self._remember_streams(runs, batch, out, tokens)
-        prompts = [self._prompt_logprobs(run, n, batch, out) for n, run in enumerate(runs)]
+        standing = _standing(runs, tokens)
+        drafts = self._draft(runs, batch, out, sampled, tokens, standing)
+        self._remember_streams(runs, batch, out, standing)
         brought = zip(tokens, drafts, logprobs, strict=True)
         results: list[RunResult] = []
-        for run, good, prompt in zip(runs, finite, prompts, strict=True):
+        for run, stand, good in zip(runs, standing, finite, strict=True):
+            prompt: tuple[TokenLogprobs, ...] = ()
+            if run.sequence.request.params.prompt_logprobs is not None:
+                prompt = self._prompt_logprobs(run, len(results), batch, out)
             new, guesses, values = next(brought) if run.samples else ((), (), ())
-            results.append(RunResult(new, good, guesses, values, prompt))
+            results.append(RunResult(stand, new, good, guesses, values, prompt))
         return results
 
     def _nonfinite(self, batch: ForwardBatch, out: ForwardOutput) -> Tensor:
@@ -163,6 +178,7 @@ class Runner:
         out: ForwardOutput,
         sampled: Tensor,
         tokens: Seq[tuple[int, ...]],
+        standing: Seq[int],
     ) -> list[tuple[int, ...]]:
         """Guesses at the tokens after each sampling run's last: one from the MTP layer over the whole
         batch, on the main model's streams, each further one from the layer's own."""
@@ -184,8 +200,9 @@ class Runner:
         ids = self._likeliest(guess.logits)
         drafts, streams = [ids], guess.streams[last]
         ends = [
-            run.sequence.num_computed_tokens + run.standing(len(got))
-            for run, got in zip(sampling, tokens, strict=True)
+            run.sequence.num_computed_tokens + stand
+            for run, stand in zip(runs, standing, strict=True)
+            if run.samples
         ]
         for number in range(1, self.num_drafts):
             singles = [
@@ -211,21 +228,18 @@ class Runner:
         return known + [0] * (run.count - len(known))
 
     def _remember_streams(
-        self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput, tokens: Seq[tuple[int, ...]]
+        self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput, standing: Seq[int]
     ) -> None:
-        sampled, rows, begin = iter(tokens), [], 0
-        for run in runs:
-            rows.append(begin + run.standing(len(next(sampled)) if run.samples else 0) - 1)
-            begin += run.count
-        self.last_streams[batch.state_slots] = out.streams[rows]
+        counts = np.array([run.count for run in runs])
+        rows = counts.cumsum() - counts + standing - 1
+        last = out.streams[torch.from_numpy(rows).to(self.device)]
+        self.last_streams[batch.state_slots] = last
 
     def _prompt_logprobs(
         self, run: Run, number: int, batch: ForwardBatch, out: ForwardOutput
     ) -> tuple[TokenLogprobs, ...]:
         """Log probabilities of the prompt tokens after this run's, in tiles of rows."""
-        count = run.sequence.request.params.prompt_logprobs
-        if count is None:
-            return ()
+        count = run.sequence.request.params.prompt_logprobs or 0
         computed = run.sequence.num_computed_tokens
         wanted = run.sequence.request.prompt_token_ids[computed + 1 : computed + 1 + run.count]
         begin = int(batch.cu_seqlens_q[number])

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +25,37 @@ from fourfold.engine.sequence import Sequence
 from fourfold.ops.registry import KernelPlan
 from fourfold.ops.sampling import Adjustments, SamplingRows
 
+MAX_TOP_K = 1 << 31  # no vocabulary is larger
+
 Sampled = tuple[list[tuple[int, ...]], list[tuple[TokenLogprobs, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is asked of the sequences of a step, in host arrays of one number a sequence."""
+
+    sequences: list[Sequence]
+    seeds: npt.NDArray[np.uint64]
+    temperature: npt.NDArray[np.float32]
+    top_p: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int64]
+    min_p: npt.NDArray[np.float32]
+    changes: bool  # some have penalties, biases or barred tokens
+    logprobs: bool  # some want log probabilities
+
+    @staticmethod
+    def of(sequences: list[Sequence]) -> _Columns:
+        params = [s.request.params for s in sequences]
+        return _Columns(
+            sequences,
+            np.array([s.seed for s in sequences], np.uint64),
+            np.array([p.temperature for p in params], np.float32),
+            np.array([p.top_p for p in params], np.float32),
+            np.array([min(max(p.top_k, 0), MAX_TOP_K) for p in params]),
+            np.array([p.min_p for p in params], np.float32),
+            any(s.changes_logits for s in sequences),
+            any(p.logprobs is not None for p in params),
+        )
 
 
 class Sampler:
@@ -30,19 +63,26 @@ class Sampler:
 
     def __init__(self, ops: KernelPlan, allowed: Tensor | None, device: torch.device):
         self.ops, self.allowed, self.device = ops, allowed, device
+        self._columns = _Columns.of([])
 
     def sample(self, logits: Tensor, runs: Seq[Run]) -> Sampled:
         """Tokens of each run (its standing drafts and one more), their log probabilities where asked
         for, and what was sampled in every row of `logits [N, V]`."""
         if not runs:
             return [], [], torch.zeros(0, dtype=torch.int64, device=self.device)
+        sequences = [run.sequence for run in runs]
+        if sequences != self._columns.sequences:  # from one decode step to the next they are the same
+            self._columns = _Columns.of(sequences)
+        columns = self._columns
         drafts = [run.drafts for run in runs]
         logits = logits.float()
-        adjusted = self.ops.adjust_logits(logits, self._adjustments(runs, drafts), self.allowed)
-        sampled = self.ops.sample(adjusted, self._rows(runs, drafts, logits.shape[-1]))
-        accepted = self._accept(sampled, drafts)
-        tokens = [run.sequence.until_end(got) for run, got in zip(runs, accepted, strict=True)]
-        return tokens, self._logprobs(logits, runs, drafts, tokens), sampled
+        adjustments = self._adjustments(runs, drafts) if columns.changes else None
+        adjusted = self.ops.adjust_logits(logits, adjustments, self.allowed)
+        sampled = self.ops.sample(adjusted, self._rows(columns, drafts))
+        tokens = self._accept(sampled, sequences, drafts)
+        if columns.logprobs:
+            return tokens, self._logprobs(logits, runs, drafts, tokens), sampled
+        return tokens, [()] * len(tokens), sampled
 
     def logprobs(self, logits: Tensor, tokens: Seq[int], count: int) -> list[TokenLogprobs]:
         """Log probabilities of `tokens` under `logits [N, V]`, with `count` alternatives."""
@@ -56,25 +96,22 @@ class Sampler:
             for token, value, place, ids, values in columns
         ]
 
-    def _rows(self, runs: Seq[Run], drafts: Seq[Seq[int]], vocabulary: int) -> SamplingRows:
-        params = [run.sequence.request.params for run in runs]
+    def _rows(self, columns: _Columns, drafts: Seq[Seq[int]]) -> SamplingRows:
         counts = np.array([1 + len(guessed) for guessed in drafts])
-        owners = np.repeat(np.arange(len(runs)), counts)
-        seeds = np.array([run.sequence.seed for run in runs], np.uint64)
-        # Row i of a run samples the token at its sequence's length + i.
-        positions = (
-            np.array([len(run.sequence.token_ids) for run in runs]) - counts.cumsum() + counts
-        )
-        numbers = uniform(seeds[owners], positions[owners] + np.arange(len(owners)))
+        owners = np.repeat(np.arange(len(drafts)), counts)
+        # Row i of a sequence samples the token at its length + i.
+        lengths = np.array([len(s.token_ids) for s in columns.sequences])
+        positions = (lengths - counts.cumsum() + counts)[owners] + np.arange(len(owners))
+        numbers = uniform(columns.seeds[owners], positions)
 
-        def column(values: Seq[float], dtype: type = np.float32) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype)[owners]).to(self.device)
+        def column(values: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(values[owners]).to(self.device)
 
         return SamplingRows(
-            temperature=column([p.temperature for p in params]),
-            top_p=column([p.top_p for p in params]),
-            top_k=column([min(max(p.top_k, 0), vocabulary) for p in params], np.int64),
-            min_p=column([p.min_p for p in params]),
+            temperature=column(columns.temperature),
+            top_p=column(columns.top_p),
+            top_k=column(columns.top_k),
+            min_p=column(columns.min_p),
             uniform=torch.from_numpy(numbers).to(self.device),
         )
 
@@ -103,16 +140,19 @@ class Sampler:
             torch.tensor(biases, dtype=torch.float32).to(self.device),
         )
 
-    def _accept(self, sampled: Tensor, drafts: Seq[Seq[int]]) -> list[tuple[int, ...]]:
-        """Tokens of each run: of its rows of `sampled`, the standing drafts and the one after."""
+    def _accept(
+        self, sampled: Tensor, sequences: Seq[Sequence], drafts: Seq[Seq[int]]
+    ) -> list[tuple[int, ...]]:
+        """Tokens of each sequence: of its rows of `sampled`, the standing drafts and the one after,
+        up to its end."""
         lengths = np.array([len(guessed) for guessed in drafts])
         width = int(lengths.max())
         if not width:
             return [(token,) for token in sampled.tolist()]
         padded = np.full((len(drafts), width), -1)
         padded[np.arange(width) < lengths[:, None]] = list(chain.from_iterable(drafts))
-        starts = (1 + lengths).cumsum() - 1 - lengths
-        # Beyond a run's own rows, where no draft can stand, any row will do.
+        starts = lengths.cumsum() - lengths + np.arange(len(drafts))
+        # Beyond a sequence's own rows, where no draft can stand, any row will do.
         rows = np.minimum(starts[:, None] + np.arange(width + 1), len(sampled) - 1)
         counts = self.ops.count_accepted(
             sampled[torch.from_numpy(rows).to(self.device)],
@@ -120,7 +160,10 @@ class Sampler:
         )
         ends = (starts + 1 + counts.cpu().numpy()).tolist()
         flat = sampled.tolist()
-        return [tuple(flat[i:j]) for i, j in zip(starts.tolist(), ends, strict=True)]
+        return [
+            sequence.until_end(flat[begin:end])
+            for sequence, begin, end in zip(sequences, starts.tolist(), ends, strict=True)
+        ]
 
     def _logprobs(
         self, logits: Tensor, runs: Seq[Run], drafts: Seq[Seq[int]], tokens: Seq[tuple[int, ...]]

@@ -12,6 +12,7 @@ evicted. A step's parts are to be carried out in the order of `Step`'s fields.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from array import array
 from collections.abc import Iterable, Iterator
@@ -75,10 +76,6 @@ class Run(NamedTuple):
     keep_image: bool = False
     drafts: Seq[int] = ()
 
-    def standing(self, sampled: int) -> int:
-        """How many of its tokens stand after it sampled `sampled`: all but rejected drafts."""
-        return self.count - len(self.drafts) + max(sampled - 1, 0)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -95,7 +92,7 @@ class Scheduler:
     def __init__(self, limits: Limits, cache: PrefixCache):
         self.limits, self.cache = limits, cache
         self.slots = IdPool(limits.max_num_seqs)
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by rank
         self._gone: set[int] = set()  # arrivals aborted while waiting
@@ -134,17 +131,20 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step. Empty runs only if nothing can run."""
-        budget, runs, restorings = self.limits.max_num_batched_tokens, [], []
+        budget = self.limits.max_num_batched_tokens
+        runs: list[Run] = []
+        restorings: list[Restoring] = []
         self._savings, preemptions = [], self.num_preemptions
-        scheduled: set[int] = set()
-        by_rank = sorted(self.running, key=attrgetter("rank"))
-        for sequence in sorted(by_rank, key=lambda s: not s.is_decoding):
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            (decoding if sequence.is_decoding else prefilling).append(sequence)
+        for sequence in (*decoding, *prefilling):
             if sequence.state_slot < 0:
                 continue  # preempted for one before it
-            run = self._run(sequence, budget, scheduled)
+            run = self._run(sequence, budget, runs)
             if run:
                 runs.append(run)
-                scheduled.add(sequence.arrival)
                 budget -= run.count
         # Whoever was just preempted would come straight back and push out another.
         crowded = self.num_preemptions > preemptions
@@ -156,7 +156,7 @@ class Scheduler:
             sequence, image, carry = started
             if image is not None:
                 restorings.append(Restoring(sequence, image, carry))
-            run = self._run(sequence, budget, None)
+            run = self._run(sequence, budget)
             if run:
                 runs.append(run)
                 budget -= run.count
@@ -206,14 +206,16 @@ class Scheduler:
         else:
             self._saved_bytes += image.nbytes
 
-    def _run(self, sequence: Sequence, budget: int, keep: set[int] | None) -> Run | None:
-        """The sequence's next run within `budget`, with pages for it. Sequences whose arrival is in
-        `keep` stay; None: all do."""
+    def _run(self, sequence: Sequence, budget: int, runs: Seq[Run] | None = None) -> Run | None:
+        """The sequence's next run within `budget`, with pages for it. For these, sequences that are not
+        in `runs` may be preempted (None: nobody may)."""
         drafts: Seq[int] = ()
-        keep_image = False
+        samples, keep_image = True, False
         if sequence.is_decoding:
-            drafts = sequence.drafts[: max(budget - 1, 0)]
-            count, samples = min(1 + len(drafts), budget), budget > 0
+            drafts = sequence.drafts
+            count = 1 + len(drafts)
+            if count > budget:
+                drafts, count = drafts[: max(budget - 1, 0)], budget
         else:
             known = len(sequence.token_ids) - sequence.num_computed_tokens
             count, samples = min(known, budget), known <= budget
@@ -224,17 +226,19 @@ class Scheduler:
                     count, samples, keep_image = distance, False, True
         if not count:
             return None
-        needed = pages_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
-        if needed > 0:
-            if not self._make_room(sequence, needed, keep):
+        end = sequence.num_computed_tokens + count
+        if end > PAGE_TOKENS * len(sequence.block_ids):
+            needed = pages_for(end) - len(sequence.block_ids)
+            if not self._make_room(sequence, needed, runs):
                 return None
             sequence.block_ids.extend(self.cache.pages.allocate(needed))
         return Run(sequence, count, samples, keep_image, drafts)
 
-    def _make_room(self, sequence: Sequence, needed: int, keep: set[int] | None) -> bool:
+    def _make_room(self, sequence: Sequence, needed: int, runs: Seq[Run] | None) -> bool:
         """Preempt running sequences of larger rank until `needed` pages are there; whether they are."""
+        keep = {run.sequence.arrival for run in runs or ()}
         while needed > self.cache.pages.num_available:
-            others = () if keep is None else (s for s in self.running if s.arrival not in keep)
+            others = () if runs is None else (s for s in self.running if s.arrival not in keep)
             victim = max(others, key=attrgetter("rank"), default=sequence)
             if victim.rank <= sequence.rank:
                 return False
@@ -269,7 +273,7 @@ class Scheduler:
         sequence.block_ids = array("q", (*pages, *self.cache.pages.allocate(missing)))
         sequence.state_slot = self.slots.take(1)[0]
         sequence.num_computed_tokens, sequence.fold_version = position, 0
-        self.running.append(sequence)
+        bisect.insort(self.running, sequence, key=attrgetter("rank"))
         if sequence.saved is not None:
             self._forget_saved(sequence)
             self._publish(sequence)

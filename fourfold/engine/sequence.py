@@ -79,11 +79,19 @@ class Sequence:
                 return tuple(token_ids[:count])
         return tuple(token_ids)
 
+    def advance(self, standing: int, sampled: Seq[int], drafts: Seq[int]) -> None:
+        """Take a run's result: `standing` more tokens are in the state, `sampled` are known."""
+        self.num_computed_tokens += standing
+        self.fold_version = max(len(sampled) - 1, 0)
+        self.token_ids += sampled
+        self.drafts = drafts[: max(self.drafts_wanted, 0)] if drafts else ()
+
     def finish_reason(self) -> FinishReason | None:
         """Why it is over after the tokens it has, None while it is not."""
-        if self.num_output_tokens and self.token_ids[-1] in self.stop_ids:
+        count = self.num_output_tokens
+        if count and self.token_ids[-1] in self.stop_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_output_tokens >= self.max_tokens else None
+        return FinishReason.LENGTH if count >= self.max_tokens else None
 
     def next_image_position(self, interval: int) -> int | None:
         """The next position at which prefill should stop to keep an image, if any.

@@ -1,1 +1,1 @@
-"""Text in and out: tokenizer and detokeniser. Pure Python; never torch."""
+"""Text in and out: tokenizer, chat prompts, parsing of answers, stop strings. Never torch."""

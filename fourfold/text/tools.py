@@ -97,7 +97,7 @@ def read_tools(value: object, where: str) -> tuple[Tool, ...]:
     naming the place.
     """
     tools: list[Tool] = []
-    for index, item in enumerate(checked_list(value or (), where)):
+    for index, item in enumerate(checked_list(() if value is None else value, where)):
         place = f"{where}[{index}]"
         kind = checked_object(item, place).get("type", "function")
         if kind != "function":
@@ -143,7 +143,7 @@ def write_tools(builder: PromptBuilder, tools: Sequence[Tool]) -> None:
 def read_calls(value: object, where: str) -> tuple[ToolCall, ...]:
     """The tool calls of an assistant message; None is none. Raises `RequestError`."""
     calls = []
-    for index, item in enumerate(checked_list(value or (), where)):
+    for index, item in enumerate(checked_list(() if value is None else value, where)):
         place = f"{where}[{index}]"
         call = checked_object(item, place)
         kind = call.get("type") or "function"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,3 +111,46 @@ def test_not_a_number_and_huge_inputs_stay_in_their_rows() -> None:
     others = [0, 1, 3, 5, 6, 7]
     assert torch.equal(got[others], clean[others])
     assert not torch.isnan(got[2]).any()  # FP8 has no NaN here; the streams' own check sees it
+
+
+def experts(
+    scheme: QuantScheme, scale_format: str, count: int, dim: int, inner: int
+) -> list[QuantTensor]:
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for shape in ((count, inner, dim), (count, dim, inner), (count, inner, dim)):
+        values = torch.randn(shape, generator=generator).cuda() * shape[-1] ** -0.5
+        made.append(QuantTensor(*scheme.quantize(values, scale_format), scheme, shape))
+    return made
+
+
+EXPERTS = [(MXFP4, "e8m0"), (FP8_BLOCK, "e8m0"), (FP8_BLOCK, "f32")]
+
+
+@pytest.mark.parametrize(("scheme", "scale_format"), EXPERTS, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(("dim", "inner"), [(512, 256), (160, 96)])
+def test_experts_equal_their_body_and_do_not_depend_on_the_batch(
+    scheme: QuantScheme, scale_format: str, dim: int, inner: int
+) -> None:
+    """All experts and half of them, repeated ids, inputs beyond the limit, 1 to 1,000 tokens."""
+    run = next(k for k in available() if k.op == "routed_experts").run
+    body = next(o for o in OPS if o.name == "routed_experts")
+    count, limit = 16, 2.0
+    w1, w2, w3 = experts(scheme, scale_format, count, dim, inner)
+    y = torch.randn(1000, dim, device="cuda", dtype=torch.bfloat16) * 4
+    ids = torch.randint(count, (1000, 6), device="cuda")
+    ids[3] = 5
+    weights = torch.rand(1000, 6, device="cuda")
+    poison()
+    whole = run(y, ids, weights, w1, w2, w3, limit)
+    close(whole, body(y, ids, weights, w1, w2, w3, limit), 1.6e-2)
+    for tokens in (1, 2, 5, 16, 33, 200):
+        part = slice(2, 2 + tokens)
+        poison()
+        assert torch.equal(run(y[part], ids[part], weights[part], w1, w2, w3, limit), whole[part])
+    half = [
+        replace(w, codes=w.codes[8:], scale=w.scale[8:], shape=(8, *w.shape[1:]))
+        for w in (w1, w2, w3)
+    ]
+    poison()
+    close(run(y, ids, weights, *half, limit, 8), body(y, ids, weights, *half, limit, 8), 1.6e-2)

@@ -74,3 +74,34 @@ def test_quantize_activations(arch: str) -> None:
     constants = {"FNUZ": arch == "gfx942", "GROUP": 128}
     binary = compiled(linear._quantize_activations, arch, signature, constants, num_warps=1)
     assert binary.metadata.shared <= ARCHS[arch].shared_memory
+
+
+EXPERT_POINTERS = {
+    "gate_up": {
+        "w1": "*u8", "w1_scale": "*u8", "w3": "*u8", "w3_scale": "*u8", "x": "*u8", "x_scale": "*fp32",
+        "order": "*i32", "weights": "*fp32", "tiles": "*i32", "hidden": "*bf16",
+        "K": "i32", "INNER": "i32", "SCALES": "i32", "LIMIT": "fp32",
+    },
+    "down": {
+        "w2": "*u8", "w2_scale": "*u8", "hidden": "*u8", "hidden_scale": "*fp32", "order": "*i32",
+        "tiles": "*i32", "result": "*fp32", "K": "i32", "D": "i32", "SCALES": "i32",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("fp4", [True, False], ids=["fp4", "fp8"])
+@pytest.mark.parametrize("part", EXPERT_POINTERS)
+def test_experts(arch: str, tile: int, fp4: bool, part: str) -> None:
+    from fourfold.kernels.triton import moe
+
+    constants = {"FP4": fp4, "E8M0": True, "FNUZ": arch == "gfx942", "TN": moe.ROWS, "TT": tile}
+    if part == "gate_up":
+        constants["TOPK"] = 6
+    kernel = moe._gate_up if part == "gate_up" else moe._down
+    options = {"num_warps": 4, "num_stages": 3}
+    binary = compiled(kernel, arch, EXPERT_POINTERS[part], constants, **options)
+    assert binary.metadata.shared <= ARCHS[arch].shared_memory
+    text = binary.asm.get("ptx") or binary.asm["amdgcn"]
+    assert ("wgmma" if arch == "sm_90" else "fp8_fp8") in text

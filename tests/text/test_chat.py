@@ -349,7 +349,8 @@ def test_a_bad_message_is_refused_by_index_and_field(messages: object, message: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tools": "x"}, "tools must be a list"),
+        ({"tools": "x"}, "tools must be a list, found 'x'"),
+        ({"tools": {}}, "tools must be a list, found an object"),
         ({"tools": [{"type": "web"}]}, "tools[0].type must be 'function', found 'web'"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name is 'get_weather' for the second"),
         ({"tools": [{"function": {"name": "f", "parameters": {"a": float("nan")}}}]},

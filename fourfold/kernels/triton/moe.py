@@ -1,0 +1,319 @@
+"""Routed experts for GPUs: grouped products over tokens sorted by expert, for FP4 and FP8 weights.
+
+    ids [T, k] ─ sort ─ tiles (expert, up to TT of its tokens)
+    tile × I:  hidden = round(weight · silu(min(w1 y, L)) · clamp(w3 y, −L, L))
+    tile × D:  result[token, slot] = w2 hidden
+    out[token] = result[token, 0] + result[token, 1] + …          in slot order, no atomics
+
+As in linear.py the weight is the left operand and tokens are columns, all of K is summed in order by one
+program, and no tile size depends on the batch in the direction that is summed: a token's result is its
+own. Nothing is read back to the host: the grid is an upper bound and spare programs leave at once.
+
+FP4: a byte's two E2M1 codes become E4M3 codes of the value times 2^−6, exactly, by shifting bits; the
+32 inputs under one scale are one product, multiplied by that scale (times 2^6) and the token's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.core.device import Feature
+from fourfold.core.tensor import QuantTensor, Weight
+from fourfold.kernels.triton.linear import quantize_activations
+from fourfold.ops.moe import routed_experts as body
+from fourfold.ops.registry import Kernel
+
+ROWS = 64  # output features a program
+BLOCK_K = 128
+
+
+@triton.jit
+def _e8m0(raw):
+    wide = raw.to(tl.int32)
+    return tl.where(wide == 0, 0x00400000, wide << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fp8(codes, FNUZ: tl.constexpr):
+    if FNUZ:
+        value = codes.to(tl.float8e4b8, bitcast=True)
+    else:
+        value = codes.to(tl.float8e4nv, bitcast=True)
+    return value
+
+
+@triton.jit
+def _expand_fp4(packed):
+    """uint8 `[N, 16]` → E4M3 codes of value · 2^−6, `[N, 32]`; the low nibble is the even input."""
+    low = ((packed & 7) << 2) | ((packed & 8) << 4)
+    high = ((packed >> 2) & 0x1C) | (packed & 0x80)
+    pairs = tl.join(low, high)
+    return tl.reshape(pairs, (packed.shape[0], 2 * packed.shape[1])).to(tl.uint8)
+
+
+@triton.jit
+def _fp4_block(acc, w, scale, x, s_x, n, rows, live, block, K, N, FNUZ: tl.constexpr):
+    """acc + W[n, 128 of block] · x, one product for each 32 inputs."""
+    for group in tl.static_range(4):
+        g = block * 4 + group
+        byte = g * 16 + tl.arange(0, 16)
+        k = g * 32 + tl.arange(0, 32)
+        packed = tl.load(
+            w + n[:, None] * (K // 2) + byte[None, :],
+            mask=(n < N)[:, None] & (byte < K // 2)[None, :],
+            other=0,
+        )
+        b = tl.load(
+            x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0
+        )
+        s_w = _e8m0(tl.load(scale + n * (K // 32) + g, mask=(n < N) & (g < K // 32), other=0))
+        product = tl.dot(_fp8(_expand_fp4(packed), FNUZ), _fp8(b, FNUZ))
+        factor = 256.0 if FNUZ else 64.0
+        acc += product * (s_w * factor)[:, None] * s_x[None, :]
+    return acc
+
+
+@triton.jit
+def _fp8_block(
+    acc, w, scale, x, s_x, n, rows, live, block, K, N, E8M0: tl.constexpr, FNUZ: tl.constexpr
+):
+    """acc + W[n, 128 of block] · x, one product; the rows n lie in one block of 128."""
+    k = block * 128 + tl.arange(0, 128)
+    a = tl.load(w + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)
+    b = tl.load(x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0)
+    index = (tl.min(n) // 128) * tl.cdiv(K, 128) + block
+    s_w = _e8m0(tl.load(scale + index)) if E8M0 else tl.load(scale + index)
+    product = tl.dot(_fp8(a, FNUZ), _fp8(b, FNUZ))
+    if FNUZ:
+        product *= 4.0
+    return acc + product * (s_w * s_x)[None, :]
+
+
+@triton.jit
+def _gate_up(
+    w1,
+    w1_scale,
+    w3,
+    w3_scale,
+    x,
+    x_scale,
+    order,
+    weights,
+    tiles,
+    hidden,
+    K,
+    INNER,
+    SCALES,
+    LIMIT,
+    TOPK: tl.constexpr,
+    FP4: tl.constexpr,
+    E8M0: tl.constexpr,
+    FNUZ: tl.constexpr,
+    TN: tl.constexpr,
+    TT: tl.constexpr,
+):
+    """hidden[sorted place, n] for one tile of an expert's tokens and TN of its inner features."""
+    expert = tl.load(tiles + tl.program_id(1) * 3)
+    if expert < 0:
+        return
+    first = tl.load(tiles + tl.program_id(1) * 3 + 1)
+    end = tl.load(tiles + tl.program_id(1) * 3 + 2)
+    place = first + tl.arange(0, TT)
+    live = place < end
+    slot = tl.load(order + place, mask=live, other=0)
+    rows = slot // TOPK
+    n = (tl.program_id(0) * TN + tl.arange(0, TN)).to(tl.int64)
+    stride = (K // 2 if FP4 else K).to(tl.int64) * INNER
+    w1 += expert * stride
+    w3 += expert * stride
+    w1_scale += expert * SCALES.to(tl.int64)
+    w3_scale += expert * SCALES.to(tl.int64)
+    blocks = tl.cdiv(K, 128)
+    gate = tl.zeros((TN, TT), dtype=tl.float32)
+    up = tl.zeros((TN, TT), dtype=tl.float32)
+    for block in range(blocks):
+        s_x = tl.load(x_scale + rows * blocks + block, mask=live, other=0.0)
+        if FP4:
+            gate = _fp4_block(gate, w1, w1_scale, x, s_x, n, rows, live, block, K, INNER, FNUZ)
+            up = _fp4_block(up, w3, w3_scale, x, s_x, n, rows, live, block, K, INNER, FNUZ)
+        else:
+            gate = _fp8_block(
+                gate, w1, w1_scale, x, s_x, n, rows, live, block, K, INNER, E8M0, FNUZ
+            )
+            up = _fp8_block(up, w3, w3_scale, x, s_x, n, rows, live, block, K, INNER, E8M0, FNUZ)
+    gate = tl.minimum(gate, LIMIT)
+    up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    weight = tl.load(weights + slot, mask=live, other=0.0)
+    value = gate / (1.0 + tl.exp(-gate)) * up * weight[None, :]
+    tl.store(
+        hidden + place.to(tl.int64)[None, :] * INNER + n[:, None],
+        value.to(hidden.dtype.element_ty),
+        mask=(n < INNER)[:, None] & live[None, :],
+    )
+
+
+@triton.jit
+def _down(
+    w2,
+    w2_scale,
+    hidden,
+    hidden_scale,
+    order,
+    tiles,
+    result,
+    K,
+    D,
+    SCALES,
+    FP4: tl.constexpr,
+    E8M0: tl.constexpr,
+    FNUZ: tl.constexpr,
+    TN: tl.constexpr,
+    TT: tl.constexpr,
+):
+    """result[slot, n] for one tile of an expert's tokens and TN output features."""
+    expert = tl.load(tiles + tl.program_id(1) * 3)
+    if expert < 0:
+        return
+    first = tl.load(tiles + tl.program_id(1) * 3 + 1)
+    end = tl.load(tiles + tl.program_id(1) * 3 + 2)
+    place = first + tl.arange(0, TT)
+    live = place < end
+    slot = tl.load(order + place, mask=live, other=0)
+    n = (tl.program_id(0) * TN + tl.arange(0, TN)).to(tl.int64)
+    w2 += expert * (K // 2 if FP4 else K).to(tl.int64) * D
+    w2_scale += expert * SCALES.to(tl.int64)
+    blocks = tl.cdiv(K, 128)
+    acc = tl.zeros((TN, TT), dtype=tl.float32)
+    for block in range(blocks):
+        s_x = tl.load(hidden_scale + place * blocks + block, mask=live, other=0.0)
+        if FP4:
+            acc = _fp4_block(acc, w2, w2_scale, hidden, s_x, n, place, live, block, K, D, FNUZ)
+        else:
+            acc = _fp8_block(
+                acc, w2, w2_scale, hidden, s_x, n, place, live, block, K, D, E8M0, FNUZ
+            )
+    tl.store(
+        result + slot.to(tl.int64)[None, :] * D + n[:, None],
+        acc,
+        mask=(n < D)[:, None] & live[None, :],
+    )
+
+
+@triton.jit
+def _sum_slots(result, ids, out, D, LOW, HIGH, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = the results of slots 0, 1, … in that order; slots of absent experts are skipped."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for slot in tl.static_range(TOPK):
+        expert = tl.load(ids + token * TOPK + slot)
+        here = (expert >= LOW) & (expert < HIGH)
+        value = tl.load(result + (token * TOPK + slot) * D + d, mask=(d < D) & here, other=0.0)
+        total += value
+    tl.store(out + token * D + d, total, mask=d < D)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens sorted by expert. `order [T·k]`: slots (token·k + choice) by expert; `tiles [N, 3]`:
+    expert, first place and end in `order` of each tile, expert −1 where there is none."""
+
+    order: Tensor
+    tiles: Tensor
+
+
+def sort_tokens(ids: Tensor, num_experts: int, first_expert: int, tile: int) -> Plan:
+    """Sort the slots of `ids [T, k]` by expert and cut each expert's into tiles, on the device."""
+    flat = (ids.flatten() - first_expert).to(torch.int64)
+    local = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    experts, order = torch.sort(local, stable=True)
+    bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, device=ids.device))
+    counts = bounds[1:] - bounds[:-1]
+    ends = ((counts + tile - 1) // tile).cumsum(0)
+    most = min(flat.numel(), num_experts) + flat.numel() // tile
+    index = torch.arange(most, device=ids.device)
+    owner = torch.searchsorted(ends, index, right=True)
+    exists = owner < num_experts
+    owner = owner.clamp(max=num_experts - 1)
+    within = index - (ends[owner] - (counts[owner] + tile - 1) // tile)
+    begin = bounds[owner] + within * tile
+    tiles = torch.stack(
+        [torch.where(exists, owner, -1), begin, torch.minimum(begin + tile, bounds[owner + 1])], 1
+    )
+    return Plan(order.to(torch.int32), tiles.to(torch.int32))
+
+
+def routed_experts(
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    limit: float,
+    first_expert: int = 0,
+    fnuz: bool = False,
+) -> Tensor:
+    """The op `routed_experts` (ops/moe.py) for experts of FP4 or FP8 blocks."""
+    if not all(isinstance(w, QuantTensor) and w.quantize_activations for w in (w1, w2, w3)):
+        # Plain experts exist in tests and in dequantised checkpoints only: exact, and slow.
+        return body(y, ids, weights, w1, w2, w3, limit, first_expert)
+    assert (
+        isinstance(w1, QuantTensor) and isinstance(w2, QuantTensor) and isinstance(w3, QuantTensor)
+    )
+    tokens, dim = y.shape
+    topk, experts, inner = ids.shape[1], w1.shape[0], w1.shape[1]
+    out = torch.empty(tokens, dim, dtype=torch.float32, device=y.device)
+    if not tokens:
+        return out
+    tile = min(max(triton.next_power_of_2(-(-tokens * topk // experts)), 16), 64)
+    plan = sort_tokens(ids, experts, first_expert, tile)
+    fp4 = w1.scheme.name == "mxfp4"
+    options = {
+        "FP4": fp4,
+        "E8M0": w1.scale.dtype == torch.uint8,
+        "FNUZ": fnuz,
+        "TN": ROWS,
+        "TT": tile,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    codes, scale = quantize_activations(y.contiguous(), fnuz)
+    slots = tokens * topk
+    hidden = torch.empty(slots, inner, dtype=y.dtype, device=y.device)
+    num_tiles = plan.tiles.shape[0]
+    _gate_up[(-(-inner // ROWS), num_tiles)](
+        w1.codes, w1.scale, w3.codes, w3.scale, codes, scale, plan.order,
+        weights.to(torch.float32).contiguous(), plan.tiles, hidden, dim, inner,
+        w1.scale[0].numel(), limit, TOPK=topk, **options,
+    )  # fmt: skip
+    hidden_codes, hidden_scale = quantize_activations(hidden, fnuz)
+    result = torch.empty(slots, dim, dtype=torch.float32, device=y.device)
+    _down[(-(-dim // ROWS), num_tiles)](
+        w2.codes, w2.scale, hidden_codes, hidden_scale, plan.order, plan.tiles, result, inner, dim,
+        w2.scale[0].numel(), **options,
+    )  # fmt: skip
+    _sum_slots[(tokens, -(-dim // 1024))](
+        result, ids.contiguous(), out, dim, first_expert, first_expert + experts,
+        TOPK=topk, BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
+KERNELS = (
+    Kernel(
+        "routed_experts", "triton", routed_experts, frozenset({Feature.TRITON, Feature.FP8_OCP})
+    ),
+    Kernel(
+        "routed_experts",
+        "triton_fnuz",
+        partial(routed_experts, fnuz=True),
+        frozenset({Feature.TRITON, Feature.FP8_FNUZ}),
+    ),
+)
