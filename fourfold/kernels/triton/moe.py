@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import triton
@@ -249,6 +250,11 @@ def sort_tokens(ids: Tensor, num_experts: int, first_expert: int, tile: int) -> 
     return Plan(order.to(torch.int32), tiles.to(torch.int32))
 
 
+def _rounds(weight: Weight) -> TypeGuard[QuantTensor]:
+    """Whether a weight is quantised and wants its input rounded to FP8."""
+    return isinstance(weight, QuantTensor) and weight.quantize_activations
+
+
 def routed_experts(
     y: Tensor,
     ids: Tensor,
@@ -261,12 +267,9 @@ def routed_experts(
     fnuz: bool = False,
 ) -> Tensor:
     """The op `routed_experts` (ops/moe.py) for experts of FP4 or FP8 blocks."""
-    if not all(isinstance(w, QuantTensor) and w.quantize_activations for w in (w1, w2, w3)):
+    if not (_rounds(w1) and _rounds(w2) and _rounds(w3)):
         # Plain experts exist in tests and in dequantised checkpoints only: exact, and slow.
         return body(y, ids, weights, w1, w2, w3, limit, first_expert)
-    assert (
-        isinstance(w1, QuantTensor) and isinstance(w2, QuantTensor) and isinstance(w3, QuantTensor)
-    )
     tokens, dim = y.shape
     topk, experts, inner = ids.shape[1], w1.shape[0], w1.shape[1]
     out = torch.empty(tokens, dim, dtype=torch.float32, device=y.device)
