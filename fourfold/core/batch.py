@@ -113,6 +113,33 @@ class ForwardBatch:
         return list(zip(bounds[:-1], bounds[1:], self.num_computed_tokens.tolist(), strict=True))
 
 
+def batch_after(batch: ForwardBatch, tokens: Tensor, ring_rows: int) -> ForwardBatch:
+    """Runs of one token each, at the positions after those of the flat `tokens [N]` of `batch`.
+
+    For layers that keep a ring and nothing else: it has no pages and no folds. `token_ids` are 0.
+    """
+    positions = batch.positions[tokens] + 1
+    state_slots = batch.state_slots[batch.sequence_ids[tokens]]
+    count = tokens.shape[0]
+    numbers = torch.arange(count + 1, device=tokens.device)
+    nothing = numbers[:0]
+    return ForwardBatch(
+        token_ids=torch.zeros_like(positions),
+        positions=positions,
+        sequence_ids=numbers[:count],
+        cu_seqlens_q=numbers,
+        num_computed_tokens=positions,
+        block_table=nothing.view(count, 0),
+        state_slots=state_slots,
+        ring_slots=state_slots * ring_rows + positions % ring_rows,
+        fold_sources=torch.full_like(positions, -1),
+        fold_tokens=nothing,
+        fold_targets=nothing,
+        emissions={},
+        logits_tokens=numbers[:count],
+    )
+
+
 def rows_per_page(ratio: int) -> int:
     """Compressed rows a page of `PAGE_TOKENS` source tokens holds: 64 for CSA, 2 for HCA."""
     return PAGE_TOKENS // ratio

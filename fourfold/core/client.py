@@ -97,8 +97,9 @@ class StepInfo:
     num_tokens: int
 
     def __str__(self) -> str:
-        many = "" if self.num_sequences == 1 else "s"
-        return f"step {self.number} ({self.num_sequences} sequence{many}, {self.num_tokens} tokens)"
+        parts = ((self.num_sequences, "sequence"), (self.num_tokens, "token"))
+        words = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in parts)
+        return f"step {self.number} ({', '.join(words)})"
 
 
 class EngineState(Enum):

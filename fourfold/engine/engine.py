@@ -7,6 +7,7 @@ however it is cut, preempted, resumed or drafted for. It knows token ids only; t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -35,8 +36,20 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
-    drafted: list[int] = field(default_factory=list)  # by draft position
-    accepted: list[int] = field(default_factory=list)
+    num_drafts: int = 0  # most a run verifies
+    verified: Counter[tuple[int, int]] = field(default_factory=Counter)  # runs by (drafted, accepted)
+
+    @property
+    def drafted(self) -> list[int]:
+        """Drafts by their position in a run."""
+        runs = self.verified.items()
+        return [sum(n for (count, _), n in runs if count > i) for i in range(self.num_drafts)]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted drafts by their position in a run."""
+        runs = self.verified.items()
+        return [sum(n for (_, count), n in runs if count > i) for i in range(self.num_drafts)]
 
 
 class Engine:
@@ -88,7 +101,7 @@ class Engine:
             slot_bytes=self.capacity.slot_bytes,
         )
         self.scheduler = Scheduler(limits, cache)
-        self.stats = Stats(drafted=[0] * drafts, accepted=[0] * drafts)
+        self.stats = Stats(num_drafts=drafts)
         self.fingerprint = repr((loaded.identity, model, loaded.dtype, formats, drafts > 0))
         self._requests: dict[str, list[Sequence]] = {}
         self._held: dict[str, list[Sequence]] = {}  # sequences that wait for their first one
@@ -140,7 +153,8 @@ class Engine:
         step = self.scheduler.schedule()
         for saving in step.savings:
             self.scheduler.saved(saving.sequence, self.runner.save(saving))
-        self.runner.restore(step.restorings)
+        if step.restorings:
+            self.runner.restore(step.restorings)
         if not step.runs:
             return []
         self.stats.num_steps += 1
@@ -148,7 +162,9 @@ class Engine:
         self._on_step(StepInfo(self.stats.num_steps, len(step.runs), num_tokens))
         results = self.runner.run(step.runs)
         outputs = [self._commit(run, got) for run, got in zip(step.runs, results, strict=True)]
-        return [output for output in outputs if output is not None]
+        brought = [output for output in outputs if output is not None]
+        self.stats.generation_tokens += sum(len(output.new_token_ids) for output in brought)
+        return brought
 
     def run(self) -> Iterator[RequestOutput]:
         """Step until every request has ended."""
@@ -194,7 +210,7 @@ class Engine:
     def _commit(self, run: Run, result: RunResult) -> RequestOutput | None:
         """Take a run's result into its sequence."""
         sequence, tokens = run.sequence, result.token_ids
-        if not result.finite:
+        if result.nonfinite:
             self._end(sequence)
             error = "the model's numbers were not finite"
             return self._output(sequence, RunResult(0), FinishReason.ERROR, error=error)
@@ -202,24 +218,16 @@ class Engine:
             begin = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs[begin:] = result.prompt_logprobs
         if run.drafts:
-            self._count_drafts(len(run.drafts), len(tokens) - 1)
-        sequence.advance(result.standing, tokens, result.drafts)
+            self.stats.verified[len(run.drafts), len(tokens) - 1] += 1
+        reason = sequence.advance(result.standing, tokens, result.drafts)
         self.scheduler.commit(sequence)
-        reason = sequence.finish_reason() if tokens else None
         if run.keep_image or reason:
             self._keep_image(sequence)
         if self._held:
             self._release_held(sequence, reason)
-        self.stats.generation_tokens += len(tokens)
         if reason:
             self._end(sequence)
         return self._output(sequence, result, reason) if tokens else None
-
-    def _count_drafts(self, drafted: int, accepted: int) -> None:
-        for position in range(drafted):
-            self.stats.drafted[position] += 1
-        for position in range(accepted):
-            self.stats.accepted[position] += 1
 
     def _keep_image(self, sequence: Sequence) -> None:
         if self.scheduler.cache.enabled:
@@ -258,18 +266,19 @@ class Engine:
             self.stats.cached_tokens += sequence.cached_tokens
             if sequence.request.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(sequence.prompt_logprobs)
+        # By position: naming eleven fields would double what an output costs.
         return RequestOutput(
-            request_id=sequence.request.request_id,
-            new_token_ids=tokens,
-            finish_reason=reason,
-            index=sequence.index,
-            stop_reason=tokens[-1] if reason is FinishReason.STOP else None,
-            logprobs=result.logprobs,
-            prompt_logprobs=prompt_logprobs,
-            cached_tokens=sequence.cached_tokens,
-            cache_miss=sequence.cache_miss,
-            accepted_drafts=max(len(tokens) - 1, 0),
-            error=error,
+            sequence.request.request_id,
+            tokens,
+            reason,
+            sequence.index,
+            tokens[-1] if reason is FinishReason.STOP else None,
+            result.logprobs,
+            prompt_logprobs,
+            sequence.cached_tokens,
+            sequence.cache_miss,
+            len(tokens) - 1 if tokens else 0,
+            error,
         )
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +19,13 @@ from torch import Tensor
 
 from fourfold.cache.image import Place, StateImage, capture, restore
 from fourfold.cache.rows import ring_rows
-from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower
+from fourfold.core.batch import (
+    ForwardBatch,
+    ScheduledBatch,
+    ScheduledSequence,
+    batch_after,
+    lower,
+)
 from fourfold.core.request import TokenLogprobs
 from fourfold.core.state import ModelState
 from fourfold.engine.sampler import Sampler
@@ -29,29 +34,30 @@ from fourfold.engine.sequence import Sequence
 from fourfold.model.parts import ForwardOutput
 from fourfold.model.v4 import DeepseekV4
 
+T = TypeVar("T")
+
 PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once
 
 
 class RunResult(NamedTuple):
     """What a run brought: how many of its tokens stand (all but rejected drafts), tokens sampled (none:
-    the run did not sample), whether its numbers were finite, drafts after the last token, and log
-    probabilities where asked for."""
+    the run did not sample), whether it met a number that is not finite, drafts after the last token, and
+    log probabilities where asked for."""
 
     standing: int
     token_ids: tuple[int, ...] = ()
-    finite: bool = True
+    nonfinite: bool = False
     drafts: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def _standing(runs: Seq[Run], tokens: Seq[tuple[int, ...]]) -> list[int]:
-    """How many of each run's tokens stand, given what those that sample have sampled."""
-    sampled = iter(tokens)
-    return [
-        run.count - len(run.drafts) + len(next(sampled)) - 1 if run.samples else run.count
-        for run in runs
-    ]
+def _spread(values: Seq[tuple[T, ...]], runs: Seq[Run]) -> Seq[tuple[T, ...]]:
+    """The values of the runs that sample, with nothing for the others."""
+    if len(values) == len(runs):
+        return values
+    each = iter(values)
+    return [next(each) if run.samples else () for run in runs]
 
 
 class Runner:
@@ -70,6 +76,11 @@ class Runner:
         self.model, self.state, self.device = model, state, device
         self.num_drafts, self.versions = num_drafts, 1 + num_drafts
         self.ring_rows = ring_rows(config, num_drafts)
+        # What a decoding run keeps, by slot: the fold after token i as version i.
+        self.keeps = [
+            [(i, slot * self.versions + i) for i in range(self.versions)]
+            for slot in range(num_slots)
+        ]
         self.allowed = None if allowed is None else allowed.to(device)
         self.sampler = Sampler(model.ops, self.allowed, device)
         # Streams of each slot's last committed token: images hold them, the MTP layer resumes on them.
@@ -100,7 +111,7 @@ class Runner:
             place = self._place(sequence.state_slot, sequence.fold_version, sequence.block_ids)
             streams = restore(self.state, replace(place, carry=each.carry), each.image)
             self.last_streams[sequence.state_slot] = streams.to(self.device)
-        if not (self.num_drafts and restorings):
+        if not self.num_drafts:
             return
         last = [
             ScheduledSequence(
@@ -120,21 +131,23 @@ class Runner:
         """Run the model over `runs` and sample; accepted state is at the sequences' new length."""
         batch = lower(self._scheduled(runs), self._ratios, self.ring_rows, self.device)
         out = self.model.forward(batch, self.state)
-        finite = [not bad for bad in self._nonfinite(batch, out).tolist()]
+        nonfinite = self._nonfinite(batch, out).tolist()
         sampling = [run for run in runs if run.samples]
         tokens, logprobs, sampled = self.sampler.sample(out.logits, sampling)
-        standing = _standing(runs, tokens)
-        drafts = self._draft(runs, batch, out, sampled, tokens, standing)
-        self._remember_streams(runs, batch, out, standing)
-        brought = zip(tokens, drafts, logprobs, strict=True)
-        results: list[RunResult] = []
-        for run, stand, good in zip(runs, standing, finite, strict=True):
-            prompt: tuple[TokenLogprobs, ...] = ()
-            if run.sequence.request.params.prompt_logprobs is not None:
-                prompt = self._prompt_logprobs(run, len(results), batch, out)
-            new, guesses, values = next(brought) if run.samples else ((), (), ())
-            results.append(RunResult(stand, new, good, guesses, values, prompt))
-        return results
+        drafts = self._draft(runs, batch, out, sampled, tokens)
+        rejected = self._rejected(runs, tokens)
+        standing = [run.count - gone for run, gone in zip(runs, rejected, strict=True)]
+        last = self._last_standing(batch, rejected)
+        self.last_streams[batch.state_slots] = out.streams[last]
+        prompts = [
+            self._prompt_logprobs(run, number, batch, out)
+            if run.sequence.request.params.prompt_logprobs is not None
+            else ()
+            for number, run in enumerate(runs)
+        ]
+        new, drafts, logprobs = (_spread(each, runs) for each in (tokens, drafts, logprobs))
+        columns = zip(standing, new, nonfinite, drafts, logprobs, prompts, strict=True)
+        return list(map(RunResult._make, columns))
 
     def _nonfinite(self, batch: ForwardBatch, out: ForwardOutput) -> Tensor:
         """Which sequences met a number that is not finite, their logits included."""
@@ -160,10 +173,10 @@ class Runner:
                 s.state_slot * self.versions,
             )
             last = count - len(drafts) - 1  # known token
-            tokens, keeps = s.token_ids[computed : computed + last + 1], [(last, first)]
+            tokens = s.token_ids[computed : computed + last + 1]
             if drafts:
                 tokens += drafts
-                keeps += [(last + i, first + i) for i in range(1, 1 + len(drafts))]
+            keeps = [(last, first)] if last else self.keeps[slot][:count]
             source = first + s.fold_version if computed else -1
             wanted = last if samples else count
             sequences.append(
@@ -178,62 +191,62 @@ class Runner:
         out: ForwardOutput,
         sampled: Tensor,
         tokens: Seq[tuple[int, ...]],
-        standing: Seq[int],
     ) -> list[tuple[int, ...]]:
         """Guesses at the tokens after each sampling run's last: one from the MTP layer over the whole
         batch, on the main model's streams, each further one from the layer's own."""
         if not self.num_drafts:
             return [()] * len(tokens)
-        following = list(chain.from_iterable(map(self._after, runs)))
-        next_ids = torch.tensor(following, dtype=torch.int64, device=self.device)
-        next_ids[batch.logits_tokens] = sampled
-        sampling = [run for run in runs if run.samples]
-        rows, row = [], 0
-        for run, got in zip(sampling, tokens, strict=True):
-            rows.append(row + len(got) - 1)
-            row += 1 + len(run.drafts)
-        last = batch.logits_tokens[rows]
         mtp, state = self.model.mtp[0], self.state.mtp[0]
-        guess = mtp.forward(out.streams, next_ids, replace(batch, logits_tokens=last), state)
+        following = self._following(runs, batch, sampled)
+        samples = torch.from_numpy(np.array([run.samples for run in runs])).to(self.device)
+        last = self._last_standing(batch, self._rejected(runs, tokens))[samples]
+        guess = mtp.forward(out.streams, following, replace(batch, logits_tokens=last), state)
         if not tokens:
             return []
-        ids = self._likeliest(guess.logits)
-        drafts, streams = [ids], guess.streams[last]
-        ends = [
-            run.sequence.num_computed_tokens + stand
-            for run, stand in zip(runs, standing, strict=True)
-            if run.samples
-        ]
-        for number in range(1, self.num_drafts):
-            singles = [
-                ScheduledSequence([0], end + number - 1, state_slot=run.sequence.state_slot)
-                for run, end in zip(sampling, ends, strict=True)
-            ]
-            single = lower(ScheduledBatch(tuple(singles)), (), self.ring_rows, self.device)
-            guess = mtp.forward(streams, ids, single, state)
-            ids, streams = self._likeliest(guess.logits), guess.streams
+        ids, streams = self._likeliest(guess.logits), guess.streams[last]
+        drafts = [ids]
+        for _ in range(1, self.num_drafts):
+            batch = batch_after(batch, last, self.ring_rows)
+            guess = mtp.forward(streams, ids, batch, state)
+            ids, streams, last = self._likeliest(guess.logits), guess.streams, batch.logits_tokens
             drafts.append(ids)
-        return [tuple(row) for row in torch.stack(drafts, dim=1).tolist()]
+        return list(map(tuple, torch.stack(drafts, dim=1).tolist()))
+
+    def _following(self, runs: Seq[Run], batch: ForwardBatch, sampled: Tensor) -> Tensor:
+        """The token after each token of the batch: the next one, what was sampled, or, after a run
+        that does not sample, the next one known."""
+        following = batch.token_ids.roll(-1)
+        following[batch.logits_tokens] = sampled
+        known = [
+            (number, run.sequence.token_ids[run.sequence.num_computed_tokens + run.count])
+            for number, run in enumerate(runs)
+            if not run.samples
+        ]
+        if known:
+            numbers, ids = torch.tensor(known).to(self.device).unbind(1)
+            following[batch.cu_seqlens_q[numbers + 1] - 1] = ids
+        return following
+
+    def _rejected(self, runs: Seq[Run], tokens: Seq[tuple[int, ...]]) -> Seq[int]:
+        """How many of each run's tokens do not stand, given what those that sample have sampled."""
+        if not self.num_drafts:
+            return [0] * len(runs)
+        return [
+            len(run.drafts) + 1 - len(got) if got else 0
+            for run, got in zip(runs, _spread(tokens, runs), strict=True)
+        ]
+
+    def _last_standing(self, batch: ForwardBatch, rejected: Seq[int]) -> Tensor:
+        """The flat token of each run after which nothing stands, `[S]`."""
+        last = batch.cu_seqlens_q[1:] - 1
+        if not self.num_drafts:
+            return last
+        return last - torch.from_numpy(np.array(rejected)).to(self.device)
 
     def _likeliest(self, logits: Tensor) -> Tensor:
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed, float("-inf"))
         return logits.argmax(-1)
-
-    @staticmethod
-    def _after(run: Run) -> list[int]:
-        """The known token after each token of a run; 0 where it is sampled or drafted."""
-        begin = run.sequence.num_computed_tokens + 1
-        known = run.sequence.token_ids[begin : begin + run.count]
-        return known + [0] * (run.count - len(known))
-
-    def _remember_streams(
-        self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput, standing: Seq[int]
-    ) -> None:
-        counts = np.array([run.count for run in runs])
-        rows = counts.cumsum() - counts + standing - 1
-        last = out.streams[torch.from_numpy(rows).to(self.device)]
-        self.last_streams[batch.state_slots] = last
 
     def _prompt_logprobs(
         self, run: Run, number: int, batch: ForwardBatch, out: ForwardOutput

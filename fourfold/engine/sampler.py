@@ -71,15 +71,18 @@ class Sampler:
         if not runs:
             return [], [], torch.zeros(0, dtype=torch.int64, device=self.device)
         sequences = [run.sequence for run in runs]
-        if sequences != self._columns.sequences:  # from one decode step to the next they are the same
+        if (
+            sequences != self._columns.sequences
+        ):  # from one decode step to the next they are the same
             self._columns = _Columns.of(sequences)
         columns = self._columns
         drafts = [run.drafts for run in runs]
         logits = logits.float()
         adjustments = self._adjustments(runs, drafts) if columns.changes else None
         adjusted = self.ops.adjust_logits(logits, adjustments, self.allowed)
-        sampled = self.ops.sample(adjusted, self._rows(columns, drafts))
-        tokens = self._accept(sampled, sequences, drafts)
+        counts = np.array([1 + len(guessed) for guessed in drafts])
+        sampled = self.ops.sample(adjusted, self._rows(columns, counts))
+        tokens = self._accept(sampled, sequences, drafts, counts)
         if columns.logprobs:
             return tokens, self._logprobs(logits, runs, drafts, tokens), sampled
         return tokens, [()] * len(tokens), sampled
@@ -96,9 +99,9 @@ class Sampler:
             for token, value, place, ids, values in columns
         ]
 
-    def _rows(self, columns: _Columns, drafts: Seq[Seq[int]]) -> SamplingRows:
-        counts = np.array([1 + len(guessed) for guessed in drafts])
-        owners = np.repeat(np.arange(len(drafts)), counts)
+    def _rows(self, columns: _Columns, counts: npt.NDArray[np.int64]) -> SamplingRows:
+        """Parameters of every row; `counts` rows belong to each sequence."""
+        owners = np.repeat(np.arange(len(counts)), counts)
         # Row i of a sequence samples the token at its length + i.
         lengths = np.array([len(s.token_ids) for s in columns.sequences])
         positions = (lengths - counts.cumsum() + counts)[owners] + np.arange(len(owners))
@@ -141,24 +144,27 @@ class Sampler:
         )
 
     def _accept(
-        self, sampled: Tensor, sequences: Seq[Sequence], drafts: Seq[Seq[int]]
+        self,
+        sampled: Tensor,
+        sequences: Seq[Sequence],
+        drafts: Seq[Seq[int]],
+        counts: npt.NDArray[np.int64],
     ) -> list[tuple[int, ...]]:
-        """Tokens of each sequence: of its rows of `sampled`, the standing drafts and the one after,
-        up to its end."""
-        lengths = np.array([len(guessed) for guessed in drafts])
-        width = int(lengths.max())
+        """Tokens of each sequence: of its `counts` rows of `sampled`, the standing drafts and the one
+        after, up to its end."""
+        width = int(counts.max()) - 1
         if not width:
             return [(token,) for token in sampled.tolist()]
         padded = np.full((len(drafts), width), -1)
-        padded[np.arange(width) < lengths[:, None]] = list(chain.from_iterable(drafts))
-        starts = lengths.cumsum() - lengths + np.arange(len(drafts))
+        padded[np.arange(width) < counts[:, None] - 1] = list(chain.from_iterable(drafts))
+        starts = counts.cumsum() - counts
         # Beyond a sequence's own rows, where no draft can stand, any row will do.
         rows = np.minimum(starts[:, None] + np.arange(width + 1), len(sampled) - 1)
-        counts = self.ops.count_accepted(
+        accepted = self.ops.count_accepted(
             sampled[torch.from_numpy(rows).to(self.device)],
             torch.from_numpy(padded).to(self.device),
         )
-        ends = (starts + 1 + counts.cpu().numpy()).tolist()
+        ends = (starts + 1 + accepted.cpu().numpy()).tolist()
         flat = sampled.tolist()
         return [
             sequence.until_end(flat[begin:end])

@@ -135,15 +135,16 @@ class Scheduler:
         runs: list[Run] = []
         restorings: list[Restoring] = []
         self._savings, preemptions = [], self.num_preemptions
-        decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
-        for sequence in self.running:
-            (decoding if sequence.is_decoding else prefilling).append(sequence)
-        for sequence in (*decoding, *prefilling):
-            if sequence.state_slot < 0:
-                continue  # preempted for one before it
-            run = self._run(sequence, budget, runs)
-            if run:
+        for sequence in tuple(self.running):
+            if not sequence.is_decoding:
+                prefilling.append(sequence)
+            elif sequence.state_slot >= 0 and (run := self._decode(sequence, budget, runs)):
+                runs.append(run)
+                budget -= run.count
+        for sequence in prefilling:
+            # Without a slot it was preempted for one before it.
+            if sequence.state_slot >= 0 and (run := self._prefill(sequence, budget, runs)):
                 runs.append(run)
                 budget -= run.count
         # Whoever was just preempted would come straight back and push out another.
@@ -156,8 +157,8 @@ class Scheduler:
             sequence, image, carry = started
             if image is not None:
                 restorings.append(Restoring(sequence, image, carry))
-            run = self._run(sequence, budget)
-            if run:
+            kind = self._decode if sequence.is_decoding else self._prefill
+            if run := kind(sequence, budget, None):
                 runs.append(run)
                 budget -= run.count
             promised += _lacking(sequence)
@@ -206,33 +207,39 @@ class Scheduler:
         else:
             self._saved_bytes += image.nbytes
 
-    def _run(self, sequence: Sequence, budget: int, runs: Seq[Run] | None = None) -> Run | None:
-        """The sequence's next run within `budget`, with pages for it. For these, sequences that are not
-        in `runs` may be preempted (None: nobody may)."""
-        drafts: Seq[int] = ()
-        samples, keep_image = True, False
-        if sequence.is_decoding:
-            drafts = sequence.drafts
-            count = 1 + len(drafts)
-            if count > budget:
-                drafts, count = drafts[: max(budget - 1, 0)], budget
-        else:
-            known = len(sequence.token_ids) - sequence.num_computed_tokens
-            count, samples = min(known, budget), known <= budget
-            stop = sequence.next_image_position(self.limits.image_interval)
-            if self.cache.enabled and stop is not None:
-                distance = stop - sequence.num_computed_tokens
-                if distance <= count:
-                    count, samples, keep_image = distance, False, True
-        if not count:
+    def _decode(self, sequence: Sequence, budget: int, runs: Seq[Run] | None) -> Run | None:
+        """The next run of a decoding sequence within `budget`, with pages for it. For these, sequences
+        that are not in `runs` may be preempted (None: nobody may)."""
+        drafts = sequence.drafts
+        count = 1 + len(drafts)
+        if count > budget:
+            drafts, count = drafts[: max(budget - 1, 0)], budget
+        if not count or not self._get_pages(sequence, count, runs):
             return None
+        return Run(sequence, count, True, False, drafts)
+
+    def _prefill(self, sequence: Sequence, budget: int, runs: Seq[Run] | None) -> Run | None:
+        """The same for one whose prompt, or whose tokens from before, are not all in the state."""
+        known = len(sequence.token_ids) - sequence.num_computed_tokens
+        count, samples, keep_image = min(known, budget), known <= budget, False
+        stop = sequence.next_image_position(self.limits.image_interval)
+        if self.cache.enabled and stop is not None:
+            distance = stop - sequence.num_computed_tokens
+            if distance <= count:
+                count, samples, keep_image = distance, False, True
+        if not count or not self._get_pages(sequence, count, runs):
+            return None
+        return Run(sequence, count, samples, keep_image)
+
+    def _get_pages(self, sequence: Sequence, count: int, runs: Seq[Run] | None) -> bool:
+        """Give a sequence the pages its next `count` tokens need; whether it could be done."""
         end = sequence.num_computed_tokens + count
         if end > PAGE_TOKENS * len(sequence.block_ids):
             needed = pages_for(end) - len(sequence.block_ids)
             if not self._make_room(sequence, needed, runs):
-                return None
+                return False
             sequence.block_ids.extend(self.cache.pages.allocate(needed))
-        return Run(sequence, count, samples, keep_image, drafts)
+        return True
 
     def _make_room(self, sequence: Sequence, needed: int, runs: Seq[Run] | None) -> bool:
         """Preempt running sequences of larger rank until `needed` pages are there; whether they are."""

@@ -14,7 +14,7 @@ from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.request import FinishReason, Request, TokenLogprobs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A prompt and what was generated from it so far.
 
@@ -66,11 +66,6 @@ class Sequence:
         last = len(self.token_ids) - 1
         return self.num_computed_tokens == last and last >= self.num_prompt_tokens
 
-    @property
-    def drafts_wanted(self) -> int:
-        """How many more tokens it could take after the next one."""
-        return self.max_tokens - self.num_output_tokens - 1
-
     def until_end(self, token_ids: Seq[int]) -> tuple[int, ...]:
         """The tokens it takes of those sampled: none after a stop token or beyond max_tokens."""
         room = self.max_tokens - self.num_output_tokens
@@ -79,19 +74,21 @@ class Sequence:
                 return tuple(token_ids[:count])
         return tuple(token_ids)
 
-    def advance(self, standing: int, sampled: Seq[int], drafts: Seq[int]) -> None:
-        """Take a run's result: `standing` more tokens are in the state, `sampled` are known."""
+    def advance(self, standing: int, sampled: Seq[int], drafts: Seq[int]) -> FinishReason | None:
+        """Take a run's result: `standing` more tokens are in the state, `sampled` are known now, and
+        `drafts` guess on from there. Why the sequence is over, None while it is not."""
         self.num_computed_tokens += standing
-        self.fold_version = max(len(sampled) - 1, 0)
+        if not sampled:
+            self.fold_version, self.drafts = 0, ()
+            return None
+        self.fold_version = len(sampled) - 1
         self.token_ids += sampled
-        self.drafts = drafts[: max(self.drafts_wanted, 0)] if drafts else ()
-
-    def finish_reason(self) -> FinishReason | None:
-        """Why it is over after the tokens it has, None while it is not."""
-        count = self.num_output_tokens
-        if count and self.token_ids[-1] in self.stop_ids:
+        room = self.max_tokens - len(self.token_ids) + self.num_prompt_tokens
+        # The token after the last one is sampled anyway.
+        self.drafts = drafts[: max(room - 1, 0)] if drafts else ()
+        if sampled[-1] in self.stop_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if count >= self.max_tokens else None
+        return None if room else FinishReason.LENGTH
 
     def next_image_position(self, interval: int) -> int | None:
         """The next position at which prefill should stop to keep an image, if any.

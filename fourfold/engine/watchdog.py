@@ -81,7 +81,7 @@ class Watchdog:
         self._silent_ticks += 1
         limits = self._limits
         silent = self._silent_ticks * limits.tick
-        if limits.silence is not None and silent > limits.silence:
+        if limits.silence is not None and silent >= limits.silence:
             return f"it gave no sign of life for {silent:.1f} s"
         if self.step_age > limits.step:
             what = "the step takes" if self.in_step else "no step began for"

@@ -204,7 +204,7 @@ def test_a_slow_consumer_holds_nobody_up(launch: Launch) -> None:
 def test_one_of_several_sequences_can_be_aborted(launch: Launch) -> None:
     async def run() -> None:
         async with started(launch) as client:
-            params = replace(LONG, n=3, max_tokens=40, temperature=1.0, seed=1)
+            params = replace(LONG, n=3, max_tokens=12, temperature=1.0, seed=1)
             expected = await collect(client, request("all", params))
             got = []
             async for output in client.generate(request("few", params)):
@@ -387,8 +387,8 @@ def test_silence_counts_only_while_somebody_listens_and_waits() -> None:
     assert dog.silence > 60
     dog.heard()
     assert dog.silence == 0
-    assert [dog.tick(has_work=True) for _ in range(4)] == [None] * 4
-    assert "no sign of life for 2.5 s" in str(dog.tick(has_work=True))
+    assert [dog.tick(has_work=True) for _ in range(3)] == [None] * 3
+    assert dog.tick(has_work=True) == "it gave no sign of life for 2.0 s"
 
 
 def test_a_step_has_a_limit_and_idleness_has_none() -> None:
