@@ -145,7 +145,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         begin, begin_cpu = time.perf_counter_ns(), time.thread_time_ns()
         outputs = engine.step()
         stepped = time.thread_time_ns()
-        wire.encode(wire.StepDone(number, tuple(map(wire.Row.of, outputs))))
+        wire.encode(wire.StepDone(number, tuple(outputs)))
         frames.append((time.thread_time_ns() - stepped) / 1e6)
         cpu.append((time.thread_time_ns() - begin_cpu) / 1e6)
         wall.append((time.perf_counter_ns() - begin) / 1e6)

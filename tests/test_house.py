@@ -39,7 +39,7 @@ HOUSE: dict[str, tuple[set[str], set[str]]] = {
     "text": (FRONT | {"text"}, {"tokenizers"}),
     "server": (FRONT | {"text", "server"}, set()),
     "cli": (ROOF | {"cli"}, ENGINE_ROOM | {"click", "tqdm"}),
-    "llm": (ROOF, ENGINE_ROOM | {"tqdm"}),
+    "llm": (ROOF | {"llm"}, ENGINE_ROOM | {"tqdm"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({"llm", "core.request", "core.errors"}, set()),
 }

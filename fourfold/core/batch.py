@@ -154,16 +154,12 @@ def lower(
     `ValueError` if a sequence lacks the page that a row it completes goes to.
     """
     sequences = scheduled.sequences
-    counts = _ints([len(s.token_ids) for s in sequences])
-    computed = _ints([s.num_computed_tokens for s in sequences])
-    state_slots = _ints([s.state_slot for s in sequences])
-    logits_from = _ints([s.logits_from for s in sequences])
+    counts, computed, state_slots, fold_sources, logits_from, widths, kept = _columns(sequences)
     starts = np.zeros(len(sequences) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     owners, positions = _spans(computed, counts)
-    table = _block_table(sequences)
+    table = _block_table(sequences, widths)
     keeps = _flat(chain.from_iterable([s.fold_keeps for s in sequences])).reshape(-1, 2)
-    keeps_of = np.repeat(starts[:-1], _ints([len(s.fold_keeps) for s in sequences]))
     parts = {
         "token_ids": _flat([s.token_ids for s in sequences]),
         "positions": positions,
@@ -173,8 +169,8 @@ def lower(
         "block_table": table,
         "state_slots": state_slots,
         "ring_slots": _ring_slots(positions, owners, computed + counts, state_slots, ring_rows),
-        "fold_sources": _ints([s.fold_source for s in sequences]),
-        "fold_tokens": keeps_of + keeps[:, 0],
+        "fold_sources": fold_sources,
+        "fold_tokens": np.repeat(starts[:-1], kept) + keeps[:, 0],
         "fold_targets": keeps[:, 1],
         "logits_tokens": _spans(starts[:-1] + logits_from, counts - logits_from)[1],
     }
@@ -188,8 +184,21 @@ def lower(
     return ForwardBatch(**fields)
 
 
-def _ints(values: Sequence[int]) -> Ints:
-    return np.array(values, dtype=np.int64)
+def _columns(sequences: Sequence[ScheduledSequence]) -> Ints:
+    """What every sequence has one of, `[7, S]`."""
+    rows = [
+        (
+            len(s.token_ids),
+            s.num_computed_tokens,
+            s.state_slot,
+            s.fold_source,
+            s.logits_from,
+            len(s.block_ids),
+            len(s.fold_keeps),
+        )
+        for s in sequences
+    ]
+    return np.ascontiguousarray(_flat(rows).reshape(-1, 7).T)
 
 
 def _flat(lists: Iterable[Iterable[int]]) -> Ints:
@@ -203,9 +212,8 @@ def _spans(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
     return owners, np.arange(len(owners)) + shift[owners]
 
 
-def _block_table(sequences: Sequence[ScheduledSequence]) -> Ints:
-    """Pages of each sequence, `[S, P]`, −1 beyond its own."""
-    widths = _ints([len(s.block_ids) for s in sequences])
+def _block_table(sequences: Sequence[ScheduledSequence], widths: Ints) -> Ints:
+    """Pages of each sequence, `[S, P]`, −1 beyond its own `widths [S]`."""
     width = int(widths.max(initial=0))
     table = np.full((len(sequences), width), -1, np.int64)
     # Arrays are joined as bytes: the pages of long sequences are too many to visit one by one.

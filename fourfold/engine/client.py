@@ -289,12 +289,12 @@ class _Client(ABC):
         match event:
             case wire.StepBegun(step):
                 self._watchdog.begun(step)
-            case wire.StepDone(num_steps, rows):
+            case wire.StepDone(num_steps, outputs):
                 self._watchdog.done(num_steps)
-                for row in rows:
-                    stream = self._streams.get(row.key)
+                for output in outputs:
+                    stream = self._streams.get(output.request_id)
                     if stream is not None:
-                        stream.put(row.output(stream.request_id))
+                        stream.put(output._replace(request_id=stream.request_id))
                         self._forget_if_over(stream)
             case wire.Refused(key, kind, message):
                 stream = self._streams.get(key)

@@ -198,8 +198,9 @@ class Runner:
             return [()] * len(tokens)
         mtp, state = self.model.mtp[0], self.state.mtp[0]
         following = self._following(runs, batch, sampled)
-        samples = torch.from_numpy(np.array([run.samples for run in runs])).to(self.device)
-        last = self._last_standing(batch, self._rejected(runs, tokens))[samples]
+        samples = np.flatnonzero(np.array([run.samples for run in runs]))
+        last = self._last_standing(batch, self._rejected(runs, tokens))
+        last = last[torch.from_numpy(samples).to(self.device)]
         guess = mtp.forward(out.streams, following, replace(batch, logits_tokens=last), state)
         if not tokens:
             return []

@@ -32,27 +32,28 @@ Sampled = tuple[list[tuple[int, ...]], list[tuple[TokenLogprobs, ...]], Tensor]
 
 @dataclass(frozen=True)
 class _Columns:
-    """What is asked of the sequences of a step, in host arrays of one number a sequence."""
+    """What is asked of the sequences of a step: numbers, one a sequence, and whether at all."""
 
     sequences: list[Sequence]
     seeds: npt.NDArray[np.uint64]
-    temperature: npt.NDArray[np.float32]
-    top_p: npt.NDArray[np.float32]
-    top_k: npt.NDArray[np.int64]
-    min_p: npt.NDArray[np.float32]
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
     changes: bool  # some have penalties, biases or barred tokens
     logprobs: bool  # some want log probabilities
 
     @staticmethod
-    def of(sequences: list[Sequence]) -> _Columns:
+    def of(sequences: list[Sequence], device: torch.device) -> _Columns:
         params = [s.request.params for s in sequences]
+        top_k = [min(max(p.top_k, 0), MAX_TOP_K) for p in params]
         return _Columns(
             sequences,
             np.array([s.seed for s in sequences], np.uint64),
-            np.array([p.temperature for p in params], np.float32),
-            np.array([p.top_p for p in params], np.float32),
-            np.array([min(max(p.top_k, 0), MAX_TOP_K) for p in params]),
-            np.array([p.min_p for p in params], np.float32),
+            torch.tensor([p.temperature for p in params], dtype=torch.float32).to(device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32).to(device),
+            torch.tensor(top_k, dtype=torch.int64).to(device),
+            torch.tensor([p.min_p for p in params], dtype=torch.float32).to(device),
             any(s.changes_logits for s in sequences),
             any(p.logprobs is not None for p in params),
         )
@@ -63,7 +64,7 @@ class Sampler:
 
     def __init__(self, ops: KernelPlan, allowed: Tensor | None, device: torch.device):
         self.ops, self.allowed, self.device = ops, allowed, device
-        self._columns = _Columns.of([])
+        self._columns = _Columns.of([], device)
 
     def sample(self, logits: Tensor, runs: Seq[Run]) -> Sampled:
         """Tokens of each run (its standing drafts and one more), their log probabilities where asked
@@ -74,7 +75,7 @@ class Sampler:
         if (
             sequences != self._columns.sequences
         ):  # from one decode step to the next they are the same
-            self._columns = _Columns.of(sequences)
+            self._columns = _Columns.of(sequences, self.device)
         columns = self._columns
         drafts = [run.drafts for run in runs]
         logits = logits.float()
@@ -101,22 +102,19 @@ class Sampler:
 
     def _rows(self, columns: _Columns, counts: npt.NDArray[np.int64]) -> SamplingRows:
         """Parameters of every row; `counts` rows belong to each sequence."""
-        owners = np.repeat(np.arange(len(counts)), counts)
+        c = columns
         # Row i of a sequence samples the token at its length + i.
-        lengths = np.array([len(s.token_ids) for s in columns.sequences])
-        positions = (lengths - counts.cumsum() + counts)[owners] + np.arange(len(owners))
-        numbers = uniform(columns.seeds[owners], positions)
-
-        def column(values: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(values[owners]).to(self.device)
-
-        return SamplingRows(
-            temperature=column(columns.temperature),
-            top_p=column(columns.top_p),
-            top_k=column(columns.top_k),
-            min_p=column(columns.min_p),
-            uniform=torch.from_numpy(numbers).to(self.device),
-        )
+        positions = np.array([len(s.token_ids) for s in c.sequences])
+        seeds, fields = c.seeds, (c.temperature, c.top_p, c.top_k, c.min_p)
+        if len(counts) < counts.sum():
+            owners = np.repeat(np.arange(len(counts)), counts)
+            first = counts.cumsum() - counts
+            positions = (positions - first)[owners] + np.arange(len(owners))
+            seeds = seeds[owners]
+            on_device = torch.from_numpy(owners).to(self.device)
+            fields = tuple(field[on_device] for field in fields)
+        numbers = uniform(seeds, positions)
+        return SamplingRows(*fields, torch.from_numpy(numbers).to(self.device))
 
     def _adjustments(self, runs: Seq[Run], drafts: Seq[Seq[int]]) -> Adjustments | None:
         rows: list[int] = []

@@ -20,7 +20,7 @@ import msgspec
 from fourfold.core import errors
 from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
 from fourfold.core.errors import CapacityError, FourfoldError, RequestError
-from fourfold.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from fourfold.core.request import Request, RequestOutput
 
 MAX_FRAME_BYTES = 1 << 28
 _LENGTH = struct.Struct(">I")
@@ -101,60 +101,11 @@ class StepBegun(_Frame, frozen=True):
     step: StepInfo
 
 
-class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A `RequestOutput` under the client's key."""
-
-    key: str
-    new_token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    index: int = 0
-    stop_reason: int | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    cached_tokens: int = 0
-    cache_miss: str | None = None
-    accepted_drafts: int = 0
-    error: str | None = None
-
-    @classmethod
-    def of(cls, output: RequestOutput) -> Row:
-        """The row of an output whose request id is the key."""
-        return cls(
-            output.request_id,
-            output.new_token_ids,
-            output.finish_reason,
-            output.index,
-            output.stop_reason,
-            output.logprobs,
-            output.prompt_logprobs,
-            output.cached_tokens,
-            output.cache_miss,
-            output.accepted_drafts,
-            output.error,
-        )
-
-    def output(self, request_id: str) -> RequestOutput:
-        """The output, for the request that the client calls `request_id`."""
-        return RequestOutput(
-            request_id,
-            self.new_token_ids,
-            self.finish_reason,
-            self.index,
-            self.stop_reason,
-            self.logprobs,
-            self.prompt_logprobs,
-            self.cached_tokens,
-            self.cache_miss,
-            self.accepted_drafts,
-            self.error,
-        )
-
-
 class StepDone(_Frame, frozen=True):
-    """A step is over; what it added to whom."""
+    """A step is over; what it added to whom. The outputs' request ids are keys."""
 
     num_steps: int
-    rows: tuple[Row, ...]
+    outputs: tuple[RequestOutput, ...]
 
 
 class Refused(_Frame, frozen=True):

@@ -186,21 +186,21 @@ class EngineLoop:
 
     def _report(self, outputs: list[RequestOutput]) -> None:
         number = self._engine.stats.num_steps
-        rows = tuple(map(wire.Row.of, outputs))
         try:
-            self._link.send(wire.StepDone(number, rows))
+            self._link.send(wire.StepDone(number, tuple(outputs)))
         except CapacityError:
-            for row in rows:
-                self._report_alone(number, row)
+            for output in outputs:
+                self._report_alone(number, output)
 
-    def _report_alone(self, number: int, row: wire.Row) -> None:
-        """One row of a step whose rows were too many for one frame."""
+    def _report_alone(self, number: int, output: RequestOutput) -> None:
+        """One output of a step whose outputs were too many for one frame."""
         try:
-            self._link.send(wire.StepDone(number, (row,)))
+            self._link.send(wire.StepDone(number, (output,)))
         except CapacityError as error:
             # Only log probabilities of a very long prompt come to this.
-            self._engine.abort(row.key, row.index)
-            failed = wire.Row(row.key, (), FinishReason.ERROR, row.index, error=str(error))
+            key, index = output.request_id, output.index
+            self._engine.abort(key, index)
+            failed = RequestOutput(key, (), FinishReason.ERROR, index, error=str(error))
             self._link.send(wire.StepDone(number, (failed,)))
 
 

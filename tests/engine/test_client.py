@@ -440,7 +440,7 @@ EVENTS = (
     wire.Failed("ConfigError", "ü"),
     wire.Beat(),
     wire.StepBegun(StepInfo(1, 2, 3)),
-    wire.StepDone(9, (wire.Row.of(OUTPUT), wire.Row("b", ()))),
+    wire.StepDone(9, (OUTPUT, RequestOutput("b", ()))),
     wire.Refused("k", "RequestError", "no"),
     wire.Answer(5, EngineStats(1, drafted=(1, 2))),
     wire.Crashed("x"),
@@ -455,7 +455,6 @@ def test_frames_arrive_as_they_were_sent_however_they_are_cut(size: int) -> None
         for begin in range(0, len(data), size):
             got += map(decode, splitter.feed(data[begin : begin + size]))
         assert tuple(got) == frames
-    assert EVENTS[5].rows[0].output("k") == OUTPUT  # type: ignore[attr-defined]
 
 
 def test_requests_arrive_whole() -> None:
@@ -498,7 +497,7 @@ def test_log_probabilities_too_long_for_a_frame_end_their_request_alone() -> Non
 
     class Link:
         def send(self, event: wire.StepDone) -> None:
-            if len(event.rows) > 1 or len(event.rows[0].new_token_ids) > 1:
+            if len(event.outputs) > 1 or len(event.outputs[0].new_token_ids) > 1:
                 raise CapacityError("too long")
             sent.append(event)
 
@@ -507,7 +506,7 @@ def test_log_probabilities_too_long_for_a_frame_end_their_request_alone() -> Non
     )
     loop = EngineLoop(engine, Link())  # type: ignore[arg-type]
     loop._report([RequestOutput("big", (1, 2), index=1), RequestOutput("small", (3,))])
-    (big,), (small,) = (event.rows for event in sent)
+    (big,), (small,) = (event.outputs for event in sent)
     assert aborted == [("big", 1)]
     assert (big.finish_reason, big.error, big.index) == (FinishReason.ERROR, "too long", 1)
     assert small.new_token_ids == (3,)
@@ -535,8 +534,9 @@ async def all_learn_of(
     try:
         names = [f"{n}" for n in range(6)]  # two more than run at once
         work = [asyncio.create_task(collect(client, request(n, LONG))) for n in names]
-        while client.health().num_steps < 3:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while client.health().num_steps < 3:
+                await asyncio.sleep(0.01)
         work.append(asyncio.create_task(client.stats()))
         await asyncio.sleep(0)
         began = time.monotonic()
