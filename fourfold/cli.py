@@ -11,27 +11,18 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fourfold import __version__
-from fourfold.core.config import (
-    EXPERT_DTYPES,
-    MODEL_DTYPES,
-    CacheConfig,
-    EngineConfig,
-    ParallelConfig,
-)
+from fourfold.core.config import EXPERT_DTYPES, MODEL_DTYPES
 from fourfold.core.errors import ConfigError, FourfoldError
-from fourfold.core.request import FinishReason, Request, RequestOutput, SamplingParams
+from fourfold.core.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
-    from fourfold.engine.engine import Engine
-    from fourfold.text.detokenize import IncrementalDetokenizer
-    from fourfold.text.tokenizer import Tokenizer
+    from fourfold.llm import LLM, RequestOutput
 
 DEFAULT_PROMPTS = ("The capital of France is", "你好，世界")
 CACHE_DTYPE_ALIASES = {"bf16": "bfloat16", "fp8_e4m3": "fp8", "fp8_ds_mla": "fp8"}
@@ -205,8 +196,8 @@ engine_options = _stack(
 )
 
 
-def _engine_config(flags: dict[str, Any], seed: int) -> EngineConfig:
-    """The engine's configuration from parsed flags; says once which flags change nothing."""
+def _llm_arguments(flags: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What `LLM` is made of, from parsed flags; says once which flags change nothing."""
     model = flags["model_argument"] or flags["model_flag"]
     if not model:
         raise ConfigError("MODEL is missing: a checkpoint directory or org/name[@revision]")
@@ -214,63 +205,50 @@ def _engine_config(flags: dict[str, Any], seed: int) -> EngineConfig:
         raise ConfigError("MODEL was given twice: as an argument and with --model")
     if flags["data_parallel_size"] > 1:
         raise ConfigError("--data-parallel-size above 1 is not supported yet")
-    idle = [name for name in NO_EFFECT if flags[name] is not None and flags[name] is not False]
-    for name in idle:
-        click.echo(f"--{_same_spelling(name)} has no effect here: {NO_EFFECT[name]}", err=True)
-    ranks = flags["tensor_parallel_size"]
-    return EngineConfig(
-        model=model,
-        dtype=flags["dtype"],
-        max_model_len=flags["max_model_len"],
-        max_num_seqs=flags["max_num_seqs"],
-        max_num_batched_tokens=flags["max_num_batched_tokens"],
-        gpu_memory_utilization=flags["gpu_memory_utilization"],
-        enforce_eager=flags["enforce_eager"],
-        num_speculative_tokens=_num_drafts(flags),
-        expert_dtype=flags["expert_dtype"].replace("-", "_"),
-        kernels=_kernel_overrides(flags["kernels"]),
-        seed=seed,
-        cache=CacheConfig(
-            kv_cache_dtype=_cache_dtype(flags["kv_cache_dtype"]),
-            index_cache_dtype=_cache_dtype(flags["index_cache_dtype"]),
-            enable_prefix_caching=flags["enable_prefix_caching"],
-            state_interval=flags["state_interval"],
-        ),
-        parallel=ParallelConfig(
-            tensor_parallel_size=ranks,
-            expert_parallel_size=ranks if flags["enable_expert_parallel"] else 1,
-        ),
+    for name, reason in NO_EFFECT.items():
+        if flags[name] is not None and flags[name] is not False:
+            click.echo(f"--{_same_spelling(name)} has no effect here: {reason}", err=True)
+    same = (
+        "dtype",
+        "device",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "gpu_memory_utilization",
+        "enforce_eager",
+        "enable_prefix_caching",
+        "state_interval",
+        "tensor_parallel_size",
     )
+    return {name: flags[name] for name in same} | {
+        "model": model,
+        "seed": seed,
+        "expert_dtype": flags["expert_dtype"].replace("-", "_"),
+        "kv_cache_dtype": _cache_dtype(flags["kv_cache_dtype"]),
+        "index_cache_dtype": _cache_dtype(flags["index_cache_dtype"]),
+        "kernels": _kernel_overrides(flags["kernels"]),
+        "speculative_config": _speculative_config(flags),
+    }
 
 
-def _num_drafts(flags: dict[str, Any]) -> int:
-    """Draft tokens a step from `--speculative-config` or the two plain flags; 0 without either."""
+def _speculative_config(flags: dict[str, Any]) -> dict[str, Any] | None:
+    """What `--speculative-config` says, or the two plain flags; None without any."""
     method, count, text = (
         flags["method"],
         flags["num_speculative_tokens"],
         flags["speculative_config"],
     )
     if text is None:
-        if count is not None and method is None:
+        if method is None and count is not None:
             raise ConfigError("--num-speculative-tokens needs --method mtp")
-        return 0 if method is None else count or 1
+        return None if method is None else {"method": method, "num_speculative_tokens": count or 1}
     if method is not None or count is not None:
         raise ConfigError("--speculative-config stands for --method and --num-speculative-tokens")
     try:
-        config = json.loads(text)
+        config: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"--speculative-config is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("method") != "mtp":
-        raise ConfigError(f'--speculative-config needs "method": "mtp", found {text}')
-    unknown = set(config) - {"method", "num_speculative_tokens"}
-    if unknown:
-        raise ConfigError(f"--speculative-config: unknown {', '.join(sorted(unknown))}")
-    count = config.get("num_speculative_tokens", 1)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 3:
-        raise ConfigError(
-            f"--speculative-config: num_speculative_tokens must be 1 to 3, found {count}"
-        )
-    return count
+    return config
 
 
 def _cache_dtype(name: str) -> str:
@@ -300,52 +278,12 @@ class Progress:
             unit="B", unit_scale=True, desc=what, disable=quiet or not sys.stderr.isatty()
         )
 
-    def of_part(self, part: str, done: int, total: int) -> None:
-        """`done` of `total` bytes, `part` just finished."""
-        self.bar.set_postfix_str(part, refresh=False)
-        self(done, total)
-
     def __call__(self, done: int, total: int) -> None:
         """`done` of `total` bytes."""
         self.bar.total = total
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.bar.close()
-
-
-@dataclass
-class Answer:
-    """One prompt's output as it grows; times in seconds since the first step began."""
-
-    prompt: str
-    num_prompt_tokens: int
-    detokenizer: IncrementalDetokenizer
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    first_token: float = 0.0
-    last_token: float = 0.0
-    finish_reason: FinishReason | None = None
-
-    def take(self, output: RequestOutput, now: float) -> str:
-        """Add a step's output; the text it completes."""
-        fresh = ""
-        for token in output.new_token_ids:
-            if not self.token_ids:
-                self.first_token = now
-            self.last_token = now
-            self.token_ids.append(token)
-            fresh += self.detokenizer.push(token)
-        if output.finish_reason:
-            self.finish_reason = output.finish_reason
-            fresh += self.detokenizer.finish()
-        self.text += fresh
-        return fresh
-
-    @property
-    def tpot(self) -> float:
-        """Mean seconds a token after the first; 0 where there is only one."""
-        after = len(self.token_ids) - 1
-        return (self.last_token - self.first_token) / after if after > 0 else 0.0
 
 
 @main.command()
@@ -368,7 +306,8 @@ def generate(
     **flags: Any,
 ) -> None:
     """Continue prompts, batched together, and print the text as it comes."""
-    config = _engine_config(flags, seed)
+    from fourfold.llm import LLM
+
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -376,105 +315,72 @@ def generate(
         seed=seed,
         ignore_eos=ignore_eos,
     )
-    engine, tokenizer = _start(config, flags["device"], quiet=as_json)
-    answers = _submit(engine, tokenizer, prompts or DEFAULT_PROMPTS, params)
-    took = _stream(engine, answers, quiet=as_json)
-    result = _result(answers, took)
+    llm = LLM(**_llm_arguments(flags, seed))
+    if not as_json:
+        click.echo("\n".join([*llm.info.notes, *llm.info.capacity]), err=True)
+    began = time.perf_counter()
+    answers = _stream(llm, list(prompts or DEFAULT_PROMPTS), params, quiet=as_json)
+    result = _result(answers, time.perf_counter() - began)
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
         return
     click.echo(
         f"\n{result['input_tokens']} input tokens, {result['output_tokens']} output tokens in "
-        f"{took:.3f} s; time to first token {result['ttft_s']:.3f} s, "
+        f"{result['total_s']:.3f} s; time to first token {result['ttft_s']:.3f} s, "
         f"time per output token {result['tpot_s']:.4f} s"
     )
 
 
-def _start(config: EngineConfig, device_name: str, quiet: bool) -> tuple[Engine, Tokenizer]:
-    """Load the model and its tokenizer, saying what was decided."""
-    from fourfold.core.device import detect
-    from fourfold.engine.engine import Engine
-    from fourfold.engine.loading import load_model
-    from fourfold.text.tokenizer import Tokenizer
-    from fourfold.weights.locate import locate
-
-    began = time.perf_counter()
-    location, device = locate(config.model), detect(device_name)
-    tokenizer = Tokenizer.from_directory(location.directory)
-    loaded = load_model(location, config, device, Progress("loading", quiet).of_part)
-    engine = Engine(loaded, config, tokenizer.known_ids())
+def _stream(
+    llm: LLM, prompts: list[str], params: SamplingParams, quiet: bool
+) -> list[RequestOutput]:
+    """Run all prompts; print the first unfinished answer live and the others when their turn comes."""
+    answers: dict[int, RequestOutput] = {}
+    turn, shown = 0, 0  # whose answer is printed, and how much of it has been
     if not quiet:
-        for line in (*loaded.checkpoint.resolution.lines(), *loaded.notes):
-            click.echo(line, err=True)
-        click.echo(
-            f"{location.name} on {device.name} in {loaded.dtype}, loaded in "
-            f"{time.perf_counter() - began:.1f} s; requests up to "
-            f"{engine.capacity.max_model_len} tokens",
-            err=True,
-        )
-        click.echo("\n".join(engine.capacity.describe()), err=True)
-    return engine, tokenizer
-
-
-def _submit(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], params: SamplingParams
-) -> dict[str, Answer]:
-    from fourfold.text.detokenize import IncrementalDetokenizer
-
-    answers = {}
-    for number, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt, allow_special=True)
-        engine.add(Request(str(number), tuple(ids), params))
-        answers[str(number)] = Answer(prompt, len(ids), IncrementalDetokenizer(tokenizer))
-    return answers
-
-
-def _stream(engine: Engine, answers: dict[str, Answer], quiet: bool) -> float:
-    """Run all requests; print the first unfinished answer live and the others when their turn comes.
-
-    Returns the seconds it took.
-    """
-    turn = iter(answers.values())
-    shown = next(turn)
-    began = time.perf_counter()
-    if not quiet:
-        click.echo(f"\n{shown.prompt}", nl=False)
-    for output in engine.run():
-        answer = answers[output.request_id]
-        fresh = answer.take(output, time.perf_counter() - began)
-        if quiet:
-            continue
-        if answer is shown:
-            click.echo(fresh, nl=False)
-        while shown.finish_reason and (following := next(turn, None)):
-            shown = following
-            click.echo(f"\n\n{shown.prompt}{shown.text}", nl=False)
+        click.echo(f"\n{prompts[0]}", nl=False)
+    for answer in llm.stream(prompts, params):
+        answers[int(answer.request_id)] = answer
+        while not quiet and (current := answers.get(turn)) is not None:
+            click.echo(current.outputs[0].text[shown:], nl=False)
+            shown = len(current.outputs[0].text)
+            if not current.finished or turn + 1 == len(prompts):
+                break
+            turn, shown = turn + 1, 0
+            click.echo(f"\n\n{prompts[turn]}", nl=False)
     if not quiet:
         click.echo()
-    failed = [a.prompt for a in answers.values() if a.finish_reason is FinishReason.ERROR]
-    if failed:
-        raise FourfoldError(f"the model produced numbers that are not finite for: {failed}")
-    return time.perf_counter() - began
+    for answer in answers.values():
+        if answer.outputs[0].finish_reason == FinishReason.ERROR.value:
+            raise FourfoldError(f"{answer.prompt!r}: {answer.outputs[0].error}")
+    return [answers[number] for number in sorted(answers)]
 
 
-def _result(answers: dict[str, Answer], took: float) -> dict[str, Any]:
-    """What a machine wants to know of a run; times in seconds."""
-    every = list(answers.values())
+def _result(answers: list[RequestOutput], took: float) -> dict[str, Any]:
+    """What a machine wants to know of a run; times in seconds, means over the prompts."""
+    first, later = [], []
+    for answer in answers:
+        metrics, after = answer.metrics, len(answer.outputs[0].token_ids) - 1
+        start = (metrics.first_token_latency if metrics else None) or 0.0
+        end = (metrics.last_token_latency if metrics else None) or 0.0
+        first.append(start)
+        later.append((end - start) / after if after else 0.0)
+    counts = [len(a.outputs[0].token_ids) for a in answers]
     return {
-        "input_tokens": sum(a.num_prompt_tokens for a in every),
-        "output_tokens": sum(len(a.token_ids) for a in every),
-        "longest_output": max(len(a.token_ids) for a in every),
+        "input_tokens": sum(len(a.prompt_token_ids) for a in answers),
+        "output_tokens": sum(counts),
+        "longest_output": max(counts),
         "total_s": took,
-        "ttft_s": sum(a.first_token for a in every) / len(every),
-        "tpot_s": sum(a.tpot for a in every) / len(every),
+        "ttft_s": sum(first) / len(first),
+        "tpot_s": sum(later) / len(later),
         "answers": [
             {
                 "prompt": a.prompt,
-                "text": a.text,
-                "token_ids": a.token_ids,
-                "finish_reason": a.finish_reason.value if a.finish_reason else None,
+                "text": a.outputs[0].text,
+                "token_ids": a.outputs[0].token_ids,
+                "finish_reason": a.outputs[0].finish_reason,
             }
-            for a in every
+            for a in answers
         ],
     }
 
