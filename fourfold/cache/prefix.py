@@ -140,6 +140,21 @@ class PrefixCache:
                 self._drop(key)
         self.pages.forget()
 
+    def check(self) -> None:
+        """Raise `AssertionError` unless all images can be found, on pages that can be, within budgets."""
+        above: dict[bytes, set[Key]] = {}
+        tails: dict[bytes, Counter[int]] = {}
+        for tier, size, budget in zip(self._tiers, self._sizes, self._budgets, strict=True):
+            total = sum(entry.image.nbytes for entry in tier.values())
+            assert total == size <= budget, f"images of {total} bytes, {size} of {budget} counted"
+            for key, entry in tier.items():
+                tails.setdefault(key[0], Counter())[len(key[1])] += 1
+                for digest in entry.chain:
+                    assert self.pages.has(digest), "an image stands on a page that is gone"
+                    above.setdefault(digest, set()).add(key)
+        assert above == self._above, "the images standing on a page are not those noted there"
+        assert tails == self._tails, "the images' tails are not those noted"
+
     def _touch(self, key: Key) -> _Entry:
         """The entry, made the most recently used of its tier."""
         for tier in self._tiers:

@@ -156,7 +156,7 @@ class RequestOutput(NamedTuple):
     request_id: str
     new_token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     stop_reason: int | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None

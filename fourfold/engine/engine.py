@@ -37,7 +37,8 @@ class Stats:
     cached_tokens: int = 0
     generation_tokens: int = 0
     num_drafts: int = 0  # most a run verifies
-    verified: Counter[tuple[int, int]] = field(default_factory=Counter)  # runs by (drafted, accepted)
+    # Runs by how many drafts they verified and how many of these they accepted.
+    verified: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
     def drafted(self) -> list[int]:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 SAMPLING = 0  # the only purpose today; others get numbers of their own at the same position
 
+Numbers = Sequence[int] | npt.NDArray[np.int64] | npt.NDArray[np.uint64]
+
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -23,9 +25,7 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def uniform(
-    seeds: Sequence[int], positions: Sequence[int], purpose: int = SAMPLING
-) -> npt.NDArray[np.float64]:
+def uniform(seeds: Numbers, positions: Numbers, purpose: int = SAMPLING) -> npt.NDArray[np.float64]:
     """Numbers in [0, 1), one for each pair of seed (0 … 2^64 − 1) and token position."""
     state = np.asarray(seeds, dtype=np.uint64)
     with np.errstate(over="ignore"):

@@ -145,9 +145,8 @@ class Runner:
             else ()
             for number, run in enumerate(runs)
         ]
-        new, drafts, logprobs = (_spread(each, runs) for each in (tokens, drafts, logprobs))
-        columns = zip(standing, new, nonfinite, drafts, logprobs, prompts, strict=True)
-        return list(map(RunResult._make, columns))
+        brought = (_spread(tokens, runs), nonfinite, _spread(drafts, runs), _spread(logprobs, runs))
+        return list(map(RunResult._make, zip(standing, *brought, prompts, strict=True)))
 
     def _nonfinite(self, batch: ForwardBatch, out: ForwardOutput) -> Tensor:
         """Which sequences met a number that is not finite, their logits included."""
@@ -166,19 +165,17 @@ class Runner:
     def _scheduled(self, runs: Seq[Run]) -> ScheduledBatch:
         """The runs as host integers: tokens, where state is read, where folds are kept."""
         sequences = []
-        for s, count, samples, _, drafts in runs:
-            computed, slot, first = (
-                s.num_computed_tokens,
-                s.state_slot,
-                s.state_slot * self.versions,
-            )
+        for run in runs:
+            s, count, drafts = run.sequence, run.count, run.drafts
+            computed, slot = s.num_computed_tokens, s.state_slot
+            first = slot * self.versions
             last = count - len(drafts) - 1  # known token
             tokens = s.token_ids[computed : computed + last + 1]
             if drafts:
                 tokens += drafts
             keeps = [(last, first)] if last else self.keeps[slot][:count]
             source = first + s.fold_version if computed else -1
-            wanted = last if samples else count
+            wanted = last if run.samples else count
             sequences.append(
                 ScheduledSequence(tokens, computed, s.block_ids, slot, source, keeps, wanted)
             )

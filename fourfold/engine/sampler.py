@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,9 +71,8 @@ class Sampler:
         if not runs:
             return [], [], torch.zeros(0, dtype=torch.int64, device=self.device)
         sequences = [run.sequence for run in runs]
-        if (
-            sequences != self._columns.sequences
-        ):  # from one decode step to the next they are the same
+        # From one decode step to the next they are mostly the same.
+        if sequences != self._columns.sequences:
             self._columns = _Columns.of(sequences, self.device)
         columns = self._columns
         drafts = [run.drafts for run in runs]
@@ -105,16 +103,17 @@ class Sampler:
         c = columns
         # Row i of a sequence samples the token at its length + i.
         positions = np.array([len(s.token_ids) for s in c.sequences])
-        seeds, fields = c.seeds, (c.temperature, c.top_p, c.top_k, c.min_p)
+        seeds, fields = c.seeds, [c.temperature, c.top_p, c.top_k, c.min_p]
         if len(counts) < counts.sum():
             owners = np.repeat(np.arange(len(counts)), counts)
             first = counts.cumsum() - counts
             positions = (positions - first)[owners] + np.arange(len(owners))
             seeds = seeds[owners]
             on_device = torch.from_numpy(owners).to(self.device)
-            fields = tuple(field[on_device] for field in fields)
-        numbers = uniform(seeds, positions)
-        return SamplingRows(*fields, torch.from_numpy(numbers).to(self.device))
+            fields = [field[on_device] for field in fields]
+        temperature, top_p, top_k, min_p = fields
+        numbers = torch.from_numpy(uniform(seeds, positions)).to(self.device)
+        return SamplingRows(temperature, top_p, top_k, min_p, numbers)
 
     def _adjustments(self, runs: Seq[Run], drafts: Seq[Seq[int]]) -> Adjustments | None:
         rows: list[int] = []

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
 
 from fourfold.cache.blocks import IdPool
 from fourfold.cache.image import StateImage
@@ -63,7 +62,9 @@ class Restoring:
     carry: int
 
 
-class Run(NamedTuple):
+# Not frozen: one is made for every sequence in every step, and freezing would triple what it costs.
+@dataclass(slots=True, eq=False)
+class Run:
     """The next `count` tokens of a sequence, the last of them the `drafts` to verify.
 
     `samples` says that the run reaches the end of what is known, so that tokens are sampled;
@@ -102,6 +103,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting) - len(self._gone)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Host memory that preempted sequences' images take."""
+        return self._saved_bytes
 
     @property
     def has_work(self) -> bool:
@@ -295,7 +301,8 @@ class Scheduler:
             return sequence.saved, (), sequence.saved.num_pages
         if sequence.request.params.prompt_logprobs is not None:
             # Every prompt position must run to give its logits.
-            sequence.cache_miss = "prompt_logprobs needs every prompt token computed"
+            if sequence.num_prompt_tokens > 1:
+                sequence.cache_miss = "prompt_logprobs needs every prompt token computed"
             return None, (), 0
         hit = self.cache.find(sequence.root, sequence.token_ids, sequence.hashes)
         if not sequence.reported:

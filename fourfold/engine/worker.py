@@ -22,15 +22,13 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
-from fourfold.core.device import detect
+from fourfold.core.client import Launch, StepInfo
 from fourfold.core.errors import CapacityError, FourfoldError
 from fourfold.core.request import FinishReason, RequestOutput
 from fourfold.engine import wire
 from fourfold.engine.engine import Engine
-from fourfold.engine.loading import load_model
+from fourfold.engine.start import engine_stats, start_engine
 from fourfold.engine.watchdog import BEAT_SECONDS
-from fourfold.weights.locate import ModelLocation, locate
 
 _RECEIVE_BYTES = 1 << 18
 _PROGRESS_SECONDS = 0.1
@@ -202,58 +200,6 @@ class EngineLoop:
             self._engine.abort(key, index)
             failed = RequestOutput(key, (), FinishReason.ERROR, index, error=str(error))
             self._link.send(wire.StepDone(number, (failed,)))
-
-
-def engine_stats(engine: Engine) -> EngineStats:
-    """An engine's counts."""
-    counts, scheduler = engine.stats, engine.scheduler
-    cache = scheduler.cache
-    return EngineStats(
-        num_steps=counts.num_steps,
-        prompt_tokens=counts.prompt_tokens,
-        cached_tokens=counts.cached_tokens,
-        generation_tokens=counts.generation_tokens,
-        num_preemptions=scheduler.num_preemptions,
-        drafted=tuple(counts.drafted),
-        accepted=tuple(counts.accepted),
-        num_running=len(scheduler.running),
-        num_waiting=scheduler.num_waiting,
-        pages=cache.pages.size,
-        pages_used=cache.pages.num_used,
-        pages_cached=cache.pages.num_cached,
-        images=cache.num_images,
-    )
-
-
-def engine_info(engine: Engine, location: ModelLocation) -> EngineInfo:
-    """What was loaded and decided."""
-    loaded = engine.loaded
-    return EngineInfo(
-        model=location.name,
-        revision=location.revision,
-        device=loaded.device.name,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        max_model_len=engine.capacity.max_model_len,
-        max_num_seqs=engine.config.max_num_seqs,
-        vocab_size=loaded.config.vocab_size,
-        bos_token_id=loaded.config.bos_token_id,
-        eos_token_id=loaded.config.eos_token_id,
-        num_speculative_tokens=engine.config.num_speculative_tokens,
-        notes=(*loaded.checkpoint.resolution.lines(), *loaded.notes),
-        capacity=tuple(engine.capacity.describe()),
-    )
-
-
-def start_engine(
-    launch: Launch,
-    progress: Callable[[str, int, int], None] | None = None,
-    on_step: Callable[[StepInfo], None] | None = None,
-) -> tuple[Engine, EngineInfo]:
-    """Find, load and allocate. Raises `FourfoldError`s."""
-    location = locate(launch.config.model)
-    loaded = load_model(location, launch.config, detect(launch.device), progress)
-    engine = Engine(loaded, launch.config, launch.allowed_token_ids, on_step)
-    return engine, engine_info(engine, location)
 
 
 def serve(launch: Launch, link: Link) -> int:

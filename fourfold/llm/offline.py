@@ -134,7 +134,7 @@ class LLM(_Offline):
     _busy: bool = False
 
     def _load(self) -> None:
-        from fourfold.engine.worker import start_engine
+        from fourfold.engine.start import start_engine
 
         with _loading_bar() as bar:
             self._engine, self.info = start_engine(self.launch, _progress(bar))
@@ -199,7 +199,7 @@ class LLM(_Offline):
 
     def stats(self) -> EngineStats:
         """Counts since the model was loaded."""
-        from fourfold.engine.worker import engine_stats
+        from fourfold.engine.start import engine_stats
 
         return engine_stats(self._engine)
 

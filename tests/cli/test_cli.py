@@ -267,6 +267,22 @@ def test_help_does_not_import_torch() -> None:
     assert "--kv-cache-dtype" in done.stdout
 
 
+def test_the_core_needs_neither_the_transport_nor_a_web_library(tiny: Path) -> None:
+    """torch, numpy, safetensors, tokenizers (and triton on a GPU) are enough to generate."""
+    code = (
+        "import sys\n"
+        "for name in ('msgspec', 'starlette', 'uvicorn', 'transformers', 'huggingface_hub'):\n"
+        "    sys.modules[name] = None\n"
+        "from fourfold import LLM, SamplingParams\n"
+        f"llm = LLM({str(tiny)!r}, max_num_seqs=2, max_model_len=512)\n"
+        "result, = llm.generate('a', SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)\n"
+        "assert len(result.outputs[0].token_ids) == 3\n"
+        "assert llm.stats().generation_tokens == 3\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_real_process_ends_with_status_2_and_no_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fourfold", "generate", "/nowhere"],

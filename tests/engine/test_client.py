@@ -42,8 +42,9 @@ from fourfold.core.request import (
 from fourfold.engine import wire
 from fourfold.engine.client import InProcessEngineClient, ProcessEngineClient
 from fourfold.engine.engine import Engine
+from fourfold.engine.start import start_engine
 from fourfold.engine.watchdog import Watchdog, WatchdogLimits
-from fourfold.engine.worker import EngineLoop, start_engine
+from fourfold.engine.worker import EngineLoop
 from fourfold.weights.synthetic import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

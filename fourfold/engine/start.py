@@ -1,0 +1,67 @@
+"""From a `Launch` to an engine that can step, and what it tells of itself.
+
+Contract: what every way of running an engine shares, in this process or in another; no transport is
+imported, so that an engine in the caller's process needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
+from fourfold.core.device import detect
+from fourfold.engine.engine import Engine
+from fourfold.engine.loading import load_model
+from fourfold.weights.locate import ModelLocation, locate
+
+
+def engine_stats(engine: Engine) -> EngineStats:
+    """An engine's counts."""
+    counts, scheduler = engine.stats, engine.scheduler
+    cache = scheduler.cache
+    return EngineStats(
+        num_steps=counts.num_steps,
+        prompt_tokens=counts.prompt_tokens,
+        cached_tokens=counts.cached_tokens,
+        generation_tokens=counts.generation_tokens,
+        num_preemptions=scheduler.num_preemptions,
+        drafted=tuple(counts.drafted),
+        accepted=tuple(counts.accepted),
+        num_running=len(scheduler.running),
+        num_waiting=scheduler.num_waiting,
+        pages=cache.pages.size,
+        pages_used=cache.pages.num_used,
+        pages_cached=cache.pages.num_cached,
+        images=cache.num_images,
+    )
+
+
+def engine_info(engine: Engine, location: ModelLocation) -> EngineInfo:
+    """What was loaded and decided."""
+    loaded = engine.loaded
+    return EngineInfo(
+        model=location.name,
+        revision=location.revision,
+        device=loaded.device.name,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        max_model_len=engine.capacity.max_model_len,
+        max_num_seqs=engine.config.max_num_seqs,
+        vocab_size=loaded.config.vocab_size,
+        bos_token_id=loaded.config.bos_token_id,
+        eos_token_id=loaded.config.eos_token_id,
+        num_speculative_tokens=engine.config.num_speculative_tokens,
+        notes=(*loaded.checkpoint.resolution.lines(), *loaded.notes),
+        capacity=tuple(engine.capacity.describe()),
+    )
+
+
+def start_engine(
+    launch: Launch,
+    progress: Callable[[str, int, int], None] | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> tuple[Engine, EngineInfo]:
+    """Find, load and allocate. Raises `FourfoldError`s."""
+    location = locate(launch.config.model)
+    loaded = load_model(location, launch.config, detect(launch.device), progress)
+    engine = Engine(loaded, launch.config, launch.allowed_token_ids, on_step)
+    return engine, engine_info(engine, location)
