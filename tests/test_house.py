@@ -38,7 +38,7 @@ HOUSE: dict[str, tuple[set[str], set[str]]] = {
     "engine": (FLOOR_2 | {"kernels", "model", "cache", "weights", "engine"}, ENGINE_ROOM),
     "text": (FRONT | {"text"}, {"tokenizers"}),
     "server": (FRONT | {"text", "server"}, set()),
-    "cli": (ROOF | {"cli"}, ENGINE_ROOM | {"click", "tqdm"}),
+    "cli": (ROOF | {"llm", "cli"}, ENGINE_ROOM | {"click", "tqdm"}),
     "llm": (ROOF | {"llm"}, ENGINE_ROOM | {"tqdm"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({"llm", "core.request", "core.errors"}, set()),

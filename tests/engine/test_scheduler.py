@@ -94,7 +94,7 @@ def test_a_million_steps() -> None:
 
 def test_steps_with_whole_pages() -> None:
     """The same with pages as long as they are."""
-    counts, _ = live(1500, 1)
+    counts, _ = live(3000, 3)
     assert counts["hit"]
     assert counts["finished"]
 
