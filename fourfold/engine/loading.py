@@ -19,8 +19,11 @@ from fourfold.dist.comm import SingleComm
 from fourfold.model.v4 import DeepseekV4
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import KernelPlan
+from fourfold.weights.amplitude import amplitude_report
 from fourfold.weights.loader import CheckpointPlan, load, open_checkpoint
 from fourfold.weights.locate import ModelLocation
+
+MOST_OUTLIERS = 5  # notes about weights of unusual size
 
 Progress = Callable[[str, int, int], None]
 
@@ -67,6 +70,10 @@ def load_model(
     if reading.unknown_keys:
         notes.append("config.json keys not used: " + ", ".join(reading.unknown_keys))
     notes.extend(checkpoint.notes)
+    outliers = amplitude_report(parameters)
+    notes.extend(f"unusual weight: {outlier}" for outlier in outliers[:MOST_OUTLIERS])
+    if len(outliers) > MOST_OUTLIERS:
+        notes.append(f"unusual weights: {len(outliers) - MOST_OUTLIERS} more")
     identity = f"{location.directory}@{location.revision}"
     return LoadedModel(
         model, reading.config, dtype, device, plan, checkpoint, tuple(notes), identity

@@ -25,11 +25,20 @@ ALPHABET = 5
 IMAGE_BYTES, PAGE_BYTES = 100, 40
 
 
-def fold(before: int, tokens: Any) -> int:
+def fold(state: int, tokens: Any) -> int:
     """The state after `tokens`, as a number."""
     for token in tokens:
-        before = hash((before, token))
-    return before
+        state = hash((state, token))
+    return state
+
+
+def empty(sequence: Sequence) -> int:
+    """The state before any token. It depends on the salt, whose caches must never meet."""
+    return 0 if sequence.request.cache_salt is None else 1
+
+
+def state_at(sequence: Sequence, position: int) -> int:
+    return fold(empty(sequence), sequence.token_ids[:position])
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class World:
 
     setting: Setting
     rng: random.Random
+    ends: float = 0.01  # how likely a token is the last
     scheduler: Scheduler = field(init=False)
     live: dict[int, Sequence] = field(default_factory=dict)
     pages: list[list[int]] = field(init=False)  # contents, garbage included
@@ -116,47 +126,53 @@ class World:
     # ---- events ----
 
     def add(self) -> None:
-        """A request that shares a prefix with others, or none."""
+        """A random request that shares a prefix with others, or none; it may be too long."""
         rng, limits = self.rng, self.setting.limits
         document = rng.choice([*self.documents, *self.past[-2:]])
         shared = document[: rng.choice([0, rng.randrange(len(document)), len(document)])]
         prompt = [*shared, *self._tokens(rng.choice([1, rng.randrange(1, self.page), 2]))]
-        params = SamplingParams(
-            max_tokens=rng.choice(
-                [1, rng.randrange(1, 2 * self.page), rng.randrange(self.page, 6 * self.page)]
-            ),
-            prompt_logprobs=0 if rng.random() < 0.05 else None,
+        max_tokens = rng.choice(
+            [1, rng.randrange(1, 2 * self.page), rng.randrange(self.page, 6 * self.page)]
         )
-        request = Request(
-            f"r{self.arrivals}",
-            tuple(prompt),
-            params,
-            priority=rng.choice([0, 0, 0, 0, 1, -1]),
-            cache_salt=rng.choice([None, None, "salt"]),
-            image_positions=tuple(rng.randrange(1, len(prompt) + 1) for _ in range(rng.randrange(3))),
-        )
+        total, page, refusal = len(prompt) + max_tokens, self.page, ""
+        try:
+            self.submit(
+                prompt,
+                max_tokens,
+                prompt_logprobs=0 if rng.random() < 0.05 else None,
+                priority=rng.choice([0, 0, 0, 0, 1, -1]),
+                cache_salt=rng.choice([None, None, "salt"]),
+                image_positions=tuple(
+                    rng.randrange(1, len(prompt) + 1) for _ in range(rng.randrange(3))
+                ),
+            )
+        except CapacityError as error:
+            refusal = str(error)
+        assert bool(refusal) == (total > min(limits.max_model_len, self.setting.num_pages * page))
+        if refusal:
+            assert str(total) in refusal or str(-(-total // page)) in refusal
+            self.counts["refused"] += 1
+
+    def submit(
+        self, prompt: list[int], max_tokens: int, prompt_logprobs: int | None = None, **more: Any
+    ) -> Sequence:
+        """Admit one request."""
         self.arrivals += 1
+        params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
+        request = Request(f"r{self.arrivals}", tuple(prompt), params, **more)
         sequence = Sequence(
             request=request,
             index=0,
             arrival=self.arrivals,
             seed=0,
-            max_tokens=params.max_tokens or 0,
+            max_tokens=max_tokens,
             stop_ids=(STOP,),
             root=chain_root("model", request.cache_salt),
             token_ids=list(prompt),
         )
-        total = len(prompt) + sequence.max_tokens
-        room = min(limits.max_model_len, self.setting.num_pages * self.page)
-        try:
-            self.scheduler.admit(sequence)
-        except CapacityError as error:
-            assert total > room
-            assert str(total) in str(error) or str(-(-total // self.page)) in str(error)
-            self.counts["refused"] += 1
-        else:
-            assert total <= room
-            self.live[sequence.arrival] = sequence
+        self.scheduler.admit(sequence)
+        self.live[sequence.arrival] = sequence
+        return sequence
 
     def abort(self) -> None:
         if self.live:
@@ -221,7 +237,9 @@ class World:
     def _image(self, s: Sequence) -> FakeImage:
         rest = s.num_computed_tokens % self.page
         rows = self.pages[s.block_ids[s.num_computed_tokens // self.page]][:rest] if rest else []
-        return FakeImage(s.num_computed_tokens, self.slots[s.state_slot][s.fold_version], tuple(rows))
+        return FakeImage(
+            s.num_computed_tokens, self.slots[s.state_slot][s.fold_version], tuple(rows)
+        )
 
     def _restore(self, restoring: Restoring) -> None:
         s, image = restoring.sequence, restoring.image
@@ -235,7 +253,7 @@ class World:
         self.counts["resumed" if image.pages else "hit"] += 1
 
     def _check_image(self, image: FakeImage, s: Sequence) -> None:
-        assert image.state == fold(0, s.token_ids[: image.position]), "an image of another prefix"
+        assert image.state == state_at(s, image.position), "an image of another prefix"
 
     def _write(self, page: int, offset: int, tokens: Any) -> None:
         pool = self.scheduler.cache.pages
@@ -248,10 +266,10 @@ class World:
         assert len(known) + len(run.drafts) == run.count
         held = [t for page in s.block_ids for t in self.pages[page]]
         assert held[:computed] == s.token_ids[:computed], "pages do not hold the sequence's tokens"
-        state = 0
+        state = empty(s)
         if computed:
             state = self.slots[s.state_slot][s.fold_version]
-            assert state == fold(0, s.token_ids[:computed]), "the slot holds another state"
+            assert state == state_at(s, computed), "the slot holds another state"
         for offset, token in enumerate([*known, *run.drafts], computed):
             self._write(s.block_ids[offset // self.page], offset % self.page, [token])
         versions = [fold(state, known)]
@@ -283,7 +301,7 @@ class World:
     def _sample(self, run: Run) -> tuple[int, ...]:
         right = self.rng.randint(0, len(run.drafts))
         wrong = {run.drafts[right]} if right < len(run.drafts) else set()
-        ends = self.rng.random() < 0.01
+        ends = self.rng.random() < self.ends
         new = STOP if ends else self.rng.choice([t for t in range(1, ALPHABET) if t not in wrong])
         self.counts[f"accepted {right} of {len(run.drafts)}"] += 1
         return run.sequence.until_end([*run.drafts[:right], new])
