@@ -21,6 +21,8 @@ from fourfold.engine.client import InProcessEngineClient
 from fourfold.engine.engine import Engine
 from fourfold.weights.synthetic import write_checkpoint
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=1.0, seed=4, max_tokens=14)

@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 
 from fourfold.cli import main
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:

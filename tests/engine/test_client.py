@@ -47,6 +47,8 @@ from fourfold.engine.watchdog import Watchdog, WatchdogLimits
 from fourfold.engine.worker import EngineLoop
 from fourfold.weights.synthetic import write_checkpoint
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 LONG = SamplingParams(max_tokens=1800, temperature=0.0, ignore_eos=True)
 SHORT = replace(LONG, max_tokens=6)

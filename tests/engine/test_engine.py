@@ -19,6 +19,8 @@ from fourfold.engine.oneshot import one_shot
 from fourfold.weights.locate import locate
 from tests.support import load_small, prompts, write_small
 
+pytestmark = pytest.mark.full
+
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
