@@ -190,7 +190,9 @@ def changed_logits(sequence: Sequence, drafts: Seq[int]) -> dict[int, tuple[floa
     if params.has_penalties:
         output = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
         output.update(drafts)
-        for token in {*sequence.request.prompt_token_ids, *output}:
+        # Only the repetition penalty looks at the prompt.
+        prompt = sequence.request.prompt_token_ids if params.repetition_penalty != 1.0 else ()
+        for token in {*prompt, *output}:
             count = output.get(token, 0)
             addend = -params.frequency_penalty * count - params.presence_penalty * (count > 0)
             changes[token] = (params.repetition_penalty, addend)
