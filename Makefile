@@ -71,8 +71,10 @@ check: $(READY)
 	$(PYTEST) -q -m "not gpu and not slow and not full" $(ARGS)
 
 bench: $(READY)
-	@echo "== bench/forward.py: generation on a tiny synthetic checkpoint, CPU; the only benchmark so far" >&2
+	@echo "== bench/forward.py: generation on a tiny synthetic checkpoint, CPU" >&2
 	@$(PY) bench/forward.py
+	@echo "== bench/scheduler.py: what the host does for one decode step, the model stubbed" >&2
+	@$(PY) bench/scheduler.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

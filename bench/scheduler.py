@@ -84,7 +84,7 @@ class StubModel:
         return self.tokens[: logits.shape[0]]
 
     def count_accepted(self, sampled: Tensor, drafts: Tensor) -> Tensor:
-        return self.accepted[: sampled.shape[0]]
+        return torch.minimum(self.accepted[: sampled.shape[0]], (drafts >= 0).sum(-1))
 
     def nonfinite_sequences(self, rows: Tensor, owners: Tensor, count: int) -> Tensor:
         return self.flags[:count]
