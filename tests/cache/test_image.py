@@ -20,6 +20,8 @@ from fourfold.core.rows import RowPages
 from fourfold.core.state import LayerState, ModelState
 from tests.support import CPU, small_config
 
+pytestmark = pytest.mark.full
+
 WINDOW, SLOTS, PAGES = 24, 3, 9
 # Residues mod 4, 128 and 256, window and page boundaries, the first positions.
 POSITIONS = sorted(

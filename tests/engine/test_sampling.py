@@ -35,6 +35,8 @@ from fourfold.weights.locate import locate
 from tests.engine.sampling_reference import adjusted, distribution, next_token, pick
 from tests.support import prompts, write_small
 
+pytestmark = pytest.mark.full
+
 VOCAB, EOS = 192, 1
 FREE = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.4, seed=3)
 # Each parameter alone and some together, at values where it changes what is sampled.

@@ -35,6 +35,8 @@ from fourfold.ops.registry import KernelPlan
 from fourfold.weights.geometry import config_json
 from tests.engine.sampling_reference import distribution
 
+pytestmark = pytest.mark.full
+
 ALPHA = 1e-4
 Array = npt.NDArray[Any]
 

@@ -20,6 +20,8 @@ from fourfold.engine.scheduler import Limits, Scheduler
 from fourfold.engine.sequence import Sequence
 from tests.engine.simulated import Setting, World
 
+pytestmark = pytest.mark.full
+
 EPISODE = 400  # steps before a world is drained and another begins
 # Steps without a run of the sequence of first rank. It waits at most for those who hold what it needs
 # to end, which they do after at most 4 pages of tokens, a token a step.

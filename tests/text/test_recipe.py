@@ -27,6 +27,8 @@ from tests.text.answers import (
     pieces,
 )
 
+pytestmark = pytest.mark.full
+
 recipe = pytest.importorskip("deepseek_recipe", reason="the extra `peers` is not installed")
 
 ENCODING = recipe.DeepseekV4Encoding()

@@ -25,6 +25,8 @@ from fourfold.weights.random_values import distribution, tensor_bytes
 from fourfold.weights.safetensors_writer import Entry, arrange, write_file
 from fourfold.weights.synthetic import write_checkpoint, write_model
 
+pytestmark = pytest.mark.full
+
 
 def config_of(geometry: str, layers: int | None = None) -> ModelConfig:
     data = with_storage(config_json(geometry, layers), "bfloat16", None, False)
