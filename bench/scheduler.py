@@ -39,15 +39,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.core.batch import PAGE_TOKENS, ForwardBatch
+from fourfold.core.batch import ForwardBatch
 from fourfold.core.config import CacheConfig, EngineConfig, ModelConfig
 from fourfold.core.device import detect
 from fourfold.core.request import Request, SamplingParams
+from fourfold.core.row_format import pages_for
 from fourfold.core.state import ModelState
 from fourfold.engine import wire
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel
 from fourfold.model.parts import ForwardOutput
+from fourfold.ops.sampling import uniform
 from fourfold.weights.geometry import config_json
 
 VOCAB = 16
@@ -80,6 +82,9 @@ class StubModel:
     def adjust_logits(self, logits: Tensor, adjustments: Any, allowed: Any) -> Tensor:
         return logits
 
+    def uniform(self, streams: Tensor, positions: Tensor) -> Tensor:
+        return uniform(streams, positions)
+
     def sample(self, logits: Tensor, rows: Any) -> Tensor:
         return self.tokens[: logits.shape[0]]
 
@@ -108,7 +113,7 @@ def engine_of(setting: Setting) -> Engine:
     geometry["max_position_embeddings"] = 1 << 20
     config = ModelConfig.from_dict(geometry, "config.json").config
     longest = setting.context + (setting.sequences + setting.steps + 40) * (1 + setting.drafts)
-    pages = setting.sequences * -(-longest // PAGE_TOKENS)
+    pages = setting.sequences * pages_for(longest)
     engine_config = EngineConfig(
         model="stub",
         dtype="float32",
@@ -121,7 +126,8 @@ def engine_of(setting: Setting) -> Engine:
     model: Any = StubModel(config, 8192, setting.drafts)
     checkpoint: Any = None
     device = detect("cpu")
-    loaded = LoadedModel(model, config, torch.float32, device, model.ops, checkpoint, (), "stub")
+    made = (checkpoint, (), "stub", 0)
+    loaded = LoadedModel(model, config, torch.float32, device, model.ops, *made)
     engine = Engine(loaded, engine_config)
     # All have one prompt, so that only the first one's runs; the others start from its image.
     rng = random.Random(0)

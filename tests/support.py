@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fourfold.cache.pool import allocate
 from fourfold.cache.rows import RowFormats, ring_rows, row_formats
-from fourfold.core.batch import PAGE_TOKENS, ScheduledBatch, ScheduledSequence, lower
+from fourfold.core.batch import ScheduledBatch, ScheduledSequence, lower
 from fourfold.core.config import ModelConfig
-from fourfold.core.tensor import Weight
+from fourfold.core.row_format import pages_for
+from fourfold.core.tensor import Weight, dtype_name
 from fourfold.dist.comm import Comm, SingleComm
 from fourfold.model.parts import ForwardOutput
 from fourfold.model.v4 import DeepseekV4
@@ -124,9 +125,9 @@ class Driver:
 
     def __post_init__(self) -> None:
         config, dtype = self.model.config, self.model.embed.table.dtype
-        name = str(dtype).removeprefix("torch.")
-        formats = self.formats or row_formats(config, dtype, name, name)
-        counts = [-(-len(s) // PAGE_TOKENS) for s in self.sequences]
+        name = dtype_name(dtype)
+        formats = self.formats or row_formats(config, name, name, name)
+        counts = [pages_for(len(s)) for s in self.sequences]
         pages = list(range(sum(counts)))
         random.Random(7).shuffle(pages)
         self.block_ids = [[pages.pop() for _ in range(n)] for n in counts]

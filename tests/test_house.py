@@ -21,6 +21,7 @@ TORCH_CORE = {"device", "tensor", "rows", "batch", "state"}
 FRONT = {f"core.{name}" for name in ("request", "client", "config", "errors", "log", "env")}
 ENGINE_ROOM = {"torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub"}
 FLOOR_2 = {"core", "ops", "quant", "dist"}
+SERVING = {"starlette", "uvicorn", "msgspec", "prometheus_client"}
 ROOF = FLOOR_2 | {"model", "cache", "weights", "engine", "text", "server"}
 # Files that may import one package more than their part.
 EXTRA = {"fourfold/engine/wire.py": {"msgspec"}}
@@ -37,7 +38,7 @@ HOUSE: dict[str, tuple[set[str], set[str]]] = {
     "weights": (FLOOR_2 | {"weights"}, ENGINE_ROOM),
     "engine": (FLOOR_2 | {"kernels", "model", "cache", "weights", "engine"}, ENGINE_ROOM),
     "text": (FRONT | {"text"}, {"tokenizers"}),
-    "server": (FRONT | {"text", "server"}, set()),
+    "server": (FRONT | {"text", "server"}, SERVING),
     "cli": (ROOF | {"llm", "cli"}, ENGINE_ROOM | {"click", "tqdm"}),
     "llm": (ROOF | {"llm"}, ENGINE_ROOM | {"tqdm"}),
     "__main__": ({"cli"}, set()),

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
-from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.errors import FourfoldError
+from fourfold.core.row_format import PAGE_TOKENS
 from fourfold.core.rows import RowPages
 from fourfold.core.state import CompressedState, LayerState, ModelState
 
@@ -36,7 +37,7 @@ class StateImage:
     position: int
     num_pages: int  # whole pages carried along; 0 unless made for preemption
     tensors: tuple[Tensor, ...]
-    checksum: int
+    checksum: Tensor  # int64, where the state was captured; nobody waits for it before it is needed
 
     @property
     def nbytes(self) -> int:
@@ -59,15 +60,15 @@ class Place:
     carry: int = 0
 
 
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """A position-weighted sum of all bytes modulo 2^64, computed where the tensors are."""
-    total = 0
+def checksum(tensors: Sequence[Tensor]) -> Tensor:
+    """A position-weighted sum of all bytes modulo 2^64, computed where the tensors are: int64 `[]`."""
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     for number, tensor in enumerate(tensors):
         values = tensor.contiguous().view(torch.uint8).flatten().to(torch.int64)
         weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.int64)
         # Odd multipliers lose no bit of any byte when products wrap around.
         mixed = (values + 1) * (weights * 2_654_435_761 | 1)
-        total = (total * 1_000_003 + int(mixed.sum()) + number) & (2**64 - 1)
+        total = total * 1_000_003 + mixed.sum() + number
     return total
 
 
@@ -78,30 +79,29 @@ def capture(state: ModelState, place: Place, position: int, streams: Tensor) -> 
     return StateImage(position, place.carry, tensors, checksum(tensors))
 
 
-def restore(state: ModelState, place: Place, image: StateImage) -> Tensor:
-    """Write `image` to `place`; returns the last token's streams.
+def restore(state: ModelState, place: Place, image: StateImage, streams: Tensor) -> None:
+    """Write `image` to `place`, and the last token's streams to `streams [S, D]`.
 
-    `ImageError` if the checksum or a shape does not match: nothing is written then.
+    `ImageError` if the checksum, a shape or a dtype does not match: nothing is written then.
     """
     if image.num_pages != place.carry:
         raise ImageError(f"the image carries {image.num_pages} pages, expected {place.carry}")
-    if checksum(image.tensors) != image.checksum:
+    if int(checksum(image.tensors)) != int(image.checksum):
         raise ImageError(f"the state image at position {image.position} is damaged")
-    pieces = list(_pieces(state, place, image.position))
-    if len(pieces) + 1 != len(image.tensors):
+    pieces = [*_pieces(state, place, image.position), (streams, (...,))]
+    if len(pieces) != len(image.tensors):
         raise ImageError("the state image was made for a model with other layers")
-    for (view, index), saved in zip(pieces, image.tensors, strict=False):
+    for (view, index), saved in zip(pieces, image.tensors, strict=True):
         if view[index].shape != saved.shape or view.dtype != saved.dtype:
             raise ImageError(
                 f"the state image holds {list(saved.shape)} {saved.dtype} where this model has "
                 f"{list(view[index].shape)} {view.dtype}"
             )
-    for (view, index), saved in zip(pieces, image.tensors, strict=False):
+    for (view, index), saved in zip(pieces, image.tensors, strict=True):
         view[index] = saved.to(view.device)
-    return image.tensors[-1]
 
 
-Piece = tuple[Tensor, tuple[Tensor | slice | int, ...]]
+Piece = tuple[Tensor, tuple[Tensor | slice | int | EllipsisType, ...]]
 
 
 def _pieces(state: ModelState, place: Place, position: int) -> Iterator[Piece]:

@@ -19,7 +19,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from fourfold.core.batch import PAGE_TOKENS
+from fourfold.core.row_format import PAGE_TOKENS
 
 
 def chain_root(fingerprint: str, salt: str | None) -> bytes:

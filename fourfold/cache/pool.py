@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from fourfold.cache.rows import RowFormats, ring_rows
-from fourfold.core.batch import rows_per_page
 from fourfold.core.config import ModelConfig
-from fourfold.core.rows import RowFormat, RowPages
+from fourfold.core.row_format import RowFormat, rows_per_page
+from fourfold.core.rows import RowPages
 from fourfold.core.state import CompressedState, LayerState, ModelState
 from fourfold.core.tensor import accumulate_dtype
 

@@ -18,7 +18,7 @@ import torch
 
 from fourfold.cache.image import StateImage
 from fourfold.cache.pages import PagePool, chain_at
-from fourfold.core.batch import PAGE_TOKENS
+from fourfold.core.row_format import PAGE_TOKENS
 
 Key = tuple[bytes, tuple[int, ...]]
 

@@ -2,10 +2,17 @@
 
 Contract: a `ForwardBatch` is complete and immutable; kernels read metadata from it and from nowhere
 else. Tokens of all sequences lie flat, one sequence after another, each a run of consecutive
-positions. `lower` is the only way from host integers to tensors. This file knows positions, slots and
-pages; it does not know requests, sampling, or who allocated what.
+positions. What follows from the runs' lengths alone is a `Layout`, made on the host; `place` adds, on
+the device, where the sequences are, which the host need not know yet. `lower` does both for a batch
+that is all host integers. This file knows positions, slots and pages; it does not know requests,
+sampling, or who allocated what.
 
-Index tensors are int64 (torch indexing wants it); −1 means "nowhere" in every slot tensor.
+    counts ─ Layout.of ─┐
+                        ├─ place ─ ForwardBatch
+    positions, slots ───┘
+
+Index tensors are int64 (torch indexing wants it); −1 means "nowhere" in every slot tensor. A sequence
+that must leave no trace has state slot −1, no pages and position 0.
 """
 
 from __future__ import annotations
@@ -14,14 +21,13 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-PAGE_TOKENS = 256  # source tokens a page stands for, in every layer
+from fourfold.core.row_format import rows_per_page
 
 Ints = npt.NDArray[np.int64]
 
@@ -63,10 +69,12 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class Emission:
-    """Compressed rows completed in this step, for one compress ratio m.
+    """Compressed rows that may be completed in this step, for one compress ratio m.
 
+    A run of c tokens has ⌈c/m⌉ candidates, as many as it can complete wherever it starts.
     `tokens [E]`: the flat token that completes each row; `positions [E]`: m·j, where row j is
-    rotated; `slots [E]`: where it is written.
+    rotated; `slots [E]`: where it is written. A candidate that is not completed has slot −1 and some
+    token of its run; what is computed for it does not matter.
     """
 
     tokens: Tensor
@@ -113,6 +121,120 @@ class ForwardBatch:
         return list(zip(bounds[:-1], bounds[1:], self.num_computed_tokens.tolist(), strict=True))
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Compressed rows that runs may complete for one ratio: `owners [E]` their sequences, `numbers [E]`
+    which of its run's each is, `counts [E]` and `starts [E]` length and first flat token of the run."""
+
+    owners: Tensor
+    numbers: Tensor
+    counts: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a step's runs are by their lengths alone, on the device, and how long the rings are."""
+
+    ring_rows: int
+    counts: Tensor  # [S] tokens of each run
+    cu_seqlens_q: Tensor  # [S + 1]
+    sequence_ids: Tensor  # [T]
+    offsets: Tensor  # [T] a token's index in its run
+    stays: Tensor  # [T] bool: the run's own end does not overwrite its ring row
+    fold_owners: Tensor  # [V] sequence of each kept fold
+    fold_tokens: Tensor  # [V]
+    logits_tokens: Tensor  # [L]
+    candidates: Mapping[int, Candidates]  # by ratio
+
+    @staticmethod
+    def of(
+        counts: Ints,
+        logits_from: Ints,
+        keeps: tuple[Ints, Ints],
+        ratios: Iterable[int],
+        ring_rows: int,
+        device: torch.device,
+    ) -> Layout:
+        """Runs of `counts [S]` tokens, logits wanted from `logits_from [S]` of each on.
+
+        `keeps`: how many folds each sequence keeps `[S]`, and after which token of its run, `[V]`.
+        `ratios` are the compress ratios the model has (0 is ignored).
+        """
+        starts = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        owners, offsets = _spans(np.zeros_like(counts), counts)
+        keepers = np.repeat(np.arange(len(counts)), keeps[0])
+        wanted = starts[:-1] + logits_from
+        parts = [
+            counts,
+            starts,
+            owners,
+            offsets,
+            (offsets >= (counts - ring_rows)[owners]).astype(np.int64),
+            keepers,
+            starts[keepers] + keeps[1],
+            _spans(wanted, starts[1:] - wanted)[1],
+        ]
+        ratios = sorted(set(ratios) - {0})
+        for ratio in ratios:
+            whose, numbers = _spans(np.zeros_like(counts), -(-counts // ratio))
+            parts += [whose, numbers, counts[whose], starts[whose]]
+        moved = to_device(parts, device)
+        candidates = {m: Candidates(*moved[8 + 4 * n :][:4]) for n, m in enumerate(ratios)}
+        return Layout(
+            ring_rows,
+            counts=moved[0],
+            cu_seqlens_q=moved[1],
+            sequence_ids=moved[2],
+            offsets=moved[3],
+            stays=moved[4] > 0,
+            fold_owners=moved[5],
+            fold_tokens=moved[6],
+            logits_tokens=moved[7],
+            candidates=candidates,
+        )
+
+
+def place(
+    layout: Layout,
+    token_ids: Tensor,
+    num_computed_tokens: Tensor,
+    block_table: Tensor,
+    state_slots: Tensor,
+    fold_sources: Tensor,
+    fold_targets: Tensor,
+) -> ForwardBatch:
+    """The batch of `layout` for sequences that are where these tensors say; fields as in the batch.
+
+    Device arithmetic only: nothing is read back, and no shape depends on a value.
+    """
+    owners = layout.sequence_ids
+    positions = num_computed_tokens[owners] + layout.offsets
+    slots = state_slots[owners]
+    # What the run's own end would overwrite is never written.
+    stays = layout.stays & (slots >= 0)
+    emissions = {
+        ratio: _emission(candidates, num_computed_tokens, block_table, ratio)
+        for ratio, candidates in layout.candidates.items()
+    }
+    return ForwardBatch(
+        token_ids=token_ids,
+        positions=positions,
+        sequence_ids=owners,
+        cu_seqlens_q=layout.cu_seqlens_q,
+        num_computed_tokens=num_computed_tokens,
+        block_table=block_table,
+        state_slots=state_slots,
+        ring_slots=_ring_slots(slots, positions, stays, layout.ring_rows),
+        fold_sources=fold_sources,
+        fold_tokens=layout.fold_tokens,
+        fold_targets=fold_targets,
+        emissions=emissions,
+        logits_tokens=layout.logits_tokens,
+    )
+
+
 def batch_after(batch: ForwardBatch, tokens: Tensor, ring_rows: int) -> ForwardBatch:
     """Runs of one token each, at the positions after those of the flat `tokens [N]` of `batch`.
 
@@ -131,18 +253,13 @@ def batch_after(batch: ForwardBatch, tokens: Tensor, ring_rows: int) -> ForwardB
         num_computed_tokens=positions,
         block_table=nothing.view(count, 0),
         state_slots=state_slots,
-        ring_slots=state_slots * ring_rows + positions % ring_rows,
+        ring_slots=_ring_slots(state_slots, positions, state_slots >= 0, ring_rows),
         fold_sources=torch.full_like(positions, -1),
         fold_tokens=nothing,
         fold_targets=nothing,
         emissions={},
         logits_tokens=numbers[:count],
     )
-
-
-def rows_per_page(ratio: int) -> int:
-    """Compressed rows a page of `PAGE_TOKENS` source tokens holds: 64 for CSA, 2 for HCA."""
-    return PAGE_TOKENS // ratio
 
 
 def lower(
@@ -155,33 +272,37 @@ def lower(
     """
     sequences = scheduled.sequences
     counts, computed, state_slots, fold_sources, logits_from, widths, kept = _columns(sequences)
-    starts = np.zeros(len(sequences) + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
-    owners, positions = _spans(computed, counts)
     table = _block_table(sequences, widths)
+    _check_pages(computed, counts, table, ratios)
     keeps = _flat(chain.from_iterable([s.fold_keeps for s in sequences])).reshape(-1, 2)
-    parts = {
-        "token_ids": _flat([s.token_ids for s in sequences]),
-        "positions": positions,
-        "sequence_ids": owners,
-        "cu_seqlens_q": starts,
-        "num_computed_tokens": computed,
-        "block_table": table,
-        "state_slots": state_slots,
-        "ring_slots": _ring_slots(positions, owners, computed + counts, state_slots, ring_rows),
-        "fold_sources": fold_sources,
-        "fold_tokens": np.repeat(starts[:-1], kept) + keeps[:, 0],
-        "fold_targets": keeps[:, 1],
-        "logits_tokens": _spans(starts[:-1] + logits_from, counts - logits_from)[1],
-    }
-    emissions = {
-        ratio: _emission(computed, counts, starts, table, ratio)
-        for ratio in sorted(set(ratios) - {0})
-    }
-    moved = iter(_to_device([*parts.values(), *chain.from_iterable(emissions.values())], device))
-    fields: dict[str, Any] = dict(zip(parts, moved, strict=False))
-    fields["emissions"] = {m: Emission(next(moved), next(moved), next(moved)) for m in emissions}
-    return ForwardBatch(**fields)
+    layout = Layout.of(counts, logits_from, (kept, keeps[:, 0]), ratios, ring_rows, device)
+    parts = [
+        _flat([s.token_ids for s in sequences]),
+        computed,
+        table,
+        state_slots,
+        fold_sources,
+        keeps[:, 1],
+    ]
+    return place(layout, *to_device(parts, device))
+
+
+def to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
+    """Tensors of the same shapes, moved in one copy; each starts at a multiple of 128 bytes."""
+    aligned = 16
+    sizes = [part.size for part in parts]
+    gaps = [-size % aligned for size in sizes]
+    packed = torch.empty(sum(sizes) + sum(gaps), dtype=torch.int64, pin_memory=device.type != "cpu")
+    numbers, begin = packed.numpy(), 0
+    for part, size, gap in zip(parts, sizes, gaps, strict=True):
+        numbers[begin : begin + size] = part.ravel()
+        begin += size + gap
+    moved = packed.to(device, non_blocking=True)
+    flat = moved.split([*chain.from_iterable(zip(sizes, gaps, strict=True))])[::2]
+    return [
+        each if part.ndim == 1 else each.view(part.shape)
+        for each, part in zip(flat, parts, strict=True)
+    ]
 
 
 def _columns(sequences: Sequence[ScheduledSequence]) -> Ints:
@@ -224,42 +345,35 @@ def _block_table(sequences: Sequence[ScheduledSequence], widths: Ints) -> Ints:
     return table
 
 
-def _ring_slots(
-    positions: Ints, owners: Ints, ends: Ints, state_slots: Ints, ring_rows: int
-) -> Ints:
-    """Ring slot of each token: position mod ring length, −1 before a run's last `ring_rows` tokens
-    and without a ring."""
-    stays = (positions >= (ends - ring_rows)[owners]) & (state_slots >= 0)[owners]
-    return np.where(stays, state_slots[owners] * ring_rows + positions % ring_rows, -1)
+def _check_pages(computed: Ints, counts: Ints, table: Ints, ratios: Sequence[int]) -> None:
+    for ratio in set(ratios) - {0}:
+        rows = (computed + counts) // ratio
+        lacking = np.full(len(rows), True)
+        if table.shape[1]:
+            last = (rows - 1).clip(0) // rows_per_page(ratio)
+            there = table[np.arange(len(rows)), last.clip(max=table.shape[1] - 1)] >= 0
+            lacking = (last >= table.shape[1]) | ~there
+        if (lacking & (rows > computed // ratio)).any():
+            raise ValueError(
+                f"a sequence has too few pages for the rows of ratio {ratio} it completes"
+            )
 
 
-def _emission(
-    computed: Ints, counts: Ints, starts: Ints, table: Ints, ratio: int
-) -> tuple[Ints, Ints, Ints]:
-    """The fields of an `Emission`: every row whose last token is in a run."""
-    per_page = rows_per_page(ratio)
-    before = computed // ratio
-    owners, rows = _spans(before, (computed + counts) // ratio - before)
-    pages = rows // per_page
-    if pages.max(initial=-1) >= table.shape[1] or (table[owners, pages] < 0).any():
-        raise ValueError(f"a sequence has too few pages for the rows of ratio {ratio} it completes")
-    tokens = (starts[:-1] - computed)[owners] + ratio * (rows + 1) - 1
-    return tokens, ratio * rows, table[owners, pages] * per_page + rows % per_page
+def _ring_slots(slots: Tensor, positions: Tensor, stays: Tensor, ring_rows: int) -> Tensor:
+    return torch.where(stays, slots * ring_rows + positions % ring_rows, -1)
 
 
-def _to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
-    """Tensors of the same shapes, moved in one copy; each starts at a multiple of 128 bytes."""
-    aligned = 16
-    sizes = [part.size for part in parts]
-    gaps = [-size % aligned for size in sizes]
-    packed = np.empty(sum(sizes) + sum(gaps), np.int64)
-    begin = 0
-    for part, size, gap in zip(parts, sizes, gaps, strict=True):
-        packed[begin : begin + size] = part.ravel()
-        begin += size + gap
-    moved = torch.from_numpy(packed).to(device, non_blocking=True)
-    flat = moved.split([*chain.from_iterable(zip(sizes, gaps, strict=True))])[::2]
-    return [
-        each if part.ndim == 1 else each.view(part.shape)
-        for each, part in zip(flat, parts, strict=True)
-    ]
+def _emission(candidates: Candidates, computed: Tensor, table: Tensor, ratio: int) -> Emission:
+    per_page, width = rows_per_page(ratio), table.shape[1]
+    base = computed[candidates.owners]
+    rows = base // ratio + candidates.numbers
+    positions = ratio * rows
+    index = positions + (ratio - 1) - base  # in its run
+    slots = torch.full_like(rows, -1)
+    if width:
+        page = rows // per_page
+        block = table[candidates.owners, page.clamp(max=width - 1)]
+        written = (index < candidates.counts) & (page < width) & (block >= 0)
+        slots = torch.where(written, (block - page) * per_page + rows, slots)
+    tokens = candidates.starts + torch.minimum(index, candidates.counts - 1)
+    return Emission(tokens, positions, slots)

@@ -119,7 +119,8 @@ class EngineHealth:
 
     `requests` were given and have not ended. `step` is the latest step that began, `in_step`
     whether it still runs, `step_age` the seconds since it began or, if over, ended; `silence` the
-    seconds since the engine was last heard. `error` says why it is dead.
+    seconds since the engine was last heard. `error` says why it is dead; `step_seconds` is the time
+    spent in all steps that are over.
     """
 
     state: EngineState
@@ -130,6 +131,7 @@ class EngineHealth:
     step_age: float = 0.0
     silence: float = 0.0
     error: str | None = None
+    step_seconds: float = 0.0
 
 
 class EngineClient(Protocol):

@@ -367,6 +367,8 @@ class EngineConfig:
     `torch_dtype`; `max_model_len` (tokens) None means the model's own limit; a step runs at most
     `max_num_seqs` sequences and `max_num_batched_tokens` tokens; `gpu_memory_utilization` is the
     share of a GPU's memory to use; `kernels` forces a kernel by op name and is empty unless asked.
+    `async_scheduling`: whether a step is scheduled while the one before runs (None: where there is a
+    GPU to run it).
     """
 
     model: str
@@ -376,6 +378,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
     num_speculative_tokens: int = 0
     expert_dtype: str = "auto"
     kernels: Mapping[str, str] = field(default_factory=FrozenDict)
@@ -394,6 +397,8 @@ class EngineConfig:
         expect_positive("gpu_memory_utilization", share)
         expect(share <= 1, "gpu_memory_utilization", "at most 1", share)
         expect_bool("enforce_eager", self.enforce_eager)
+        if self.async_scheduling is not None:
+            expect_bool("async_scheduling", self.async_scheduling)
         drafts = self.num_speculative_tokens
         expect_int("num_speculative_tokens", drafts, minimum=0)
         expect(drafts <= 3, "num_speculative_tokens", "at most 3", drafts)

@@ -16,6 +16,7 @@ from fourfold.core.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_STOP_TOKENS = 63  # and the end-of-sequence token
 
 
 class FinishReason(Enum):
@@ -104,6 +105,9 @@ class SamplingParams:
         _expect(ok, "stop", "one or more texts that are not empty", list(stops))
         ok = all(_is_int(t, 0) for t in self.stop_token_ids)
         _expect(ok, "stop_token_ids", "a list of token ids", list(self.stop_token_ids))
+        count = len(self.stop_token_ids)
+        ok = count <= MAX_STOP_TOKENS
+        _expect(ok, "stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids", count)
         ok = isinstance(self.logit_bias, Mapping) and len(self.logit_bias) <= MAX_BIASES
         _expect(ok, "logit_bias", f"at most {MAX_BIASES} entries", type(self.logit_bias).__name__)
         for token, bias in self.logit_bias.items():
@@ -119,12 +123,24 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like: `source` in the language `kind` ("json_schema", "regex", …).
+
+    With `after_token` the answer is free until that token, and the grammar holds from there on.
+    """
+
+    kind: str
+    source: str
+    after_token: int | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt in tokens and how to continue it.
 
-    Lower `priority` runs first, equal ones first come first served. `cache_salt` separates prefix
-    caches. `image_positions` are prompt positions worth keeping a state image at, such as the one
-    before a chat's generation marker.
+    Lower `priority` runs first, equal ones first come first served; whoever has waited longest gets a
+    turn now and then all the same. `cache_salt` separates prefix caches. `image_positions` are prompt
+    positions worth keeping a state image at, such as the one before a chat's generation marker.
     """
 
     request_id: str
@@ -133,6 +149,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     image_positions: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

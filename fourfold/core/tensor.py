@@ -21,6 +21,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What configs call a dtype: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype that configs call `name`."""
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 class QuantScheme(ABC):
     """How a matrix `[..., out, in]` is stored as codes and scales.
 

@@ -45,11 +45,14 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 10.0  # for an engine to leave by itself once told to
 _LOOK_SECONDS = 0.01  # between two looks whether it has
+_DUMP_SECONDS = 0.3  # for a stuck engine to write its stacks
 _READ_BYTES = 1 << 18
 # The child imports from where this process imports. (`python -m` would look in the working directory
 # first, which may be a stranger's checkpoint.)
+# On SIGUSR1 it writes the stacks of all its threads to standard error.
 _BOOT = (
-    "import sys; descriptor, *sys.path = sys.argv[1:]; "
+    "import faulthandler, signal, sys; descriptor, *sys.path = sys.argv[1:]; "
+    "faulthandler.register(signal.SIGUSR1); "
     "from fourfold.engine.worker import main; sys.exit(main(int(descriptor)))"
 )
 _OPEN = (EngineState.LOADING, EngineState.READY, EngineState.DRAINING)
@@ -113,6 +116,7 @@ class _Client(ABC):
         self._keys: dict[str, str] = {}  # their keys, by request id
         self._answers: dict[int, asyncio.Future[EngineStats | None]] = {}
         self._serial = itertools.count()
+        self._step_seconds = 0.0  # in steps that are over
         self._idle = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
@@ -131,6 +135,9 @@ class _Client(ABC):
     @abstractmethod
     def _kill(self) -> None:
         """End the engine at once, as far as that is possible; never waits."""
+
+    def _dump_stacks(self) -> None:  # noqa: B027  # not every engine can be asked
+        """Have a stuck engine write what its threads are doing, as far as that is possible."""
 
     @abstractmethod
     async def _reap(self) -> None:
@@ -206,6 +213,7 @@ class _Client(ABC):
             step_age=seen.step_age,
             silence=seen.silence,
             error=self._error,
+            step_seconds=self._step_seconds,
         )
 
     async def drain(self, timeout: float) -> int:
@@ -288,8 +296,10 @@ class _Client(ABC):
         self._watchdog.heard()
         match event:
             case wire.StepBegun(step):
+                self._count_step()
                 self._watchdog.begun(step)
             case wire.StepDone(num_steps, outputs):
+                self._count_step()
                 self._watchdog.done(num_steps)
                 for output in outputs:
                     stream = self._streams.get(output.request_id)
@@ -319,6 +329,11 @@ class _Client(ABC):
             case wire.Crashed(message):
                 self._die(message)
 
+    def _count_step(self) -> None:
+        """The step that runs is over; one without outputs is not reported when it ends."""
+        if self._watchdog.in_step:
+            self._step_seconds += self._watchdog.step_age
+
     async def _watch(self) -> None:
         """Look at a steady pace whether the engine still lives and moves."""
         try:
@@ -327,6 +342,9 @@ class _Client(ABC):
                 how = self._gone()
                 if how is None and self._state is not EngineState.LOADING:
                     how = self._watchdog.tick(self._has_work)
+                    if how is not None:
+                        self._dump_stacks()
+                        await asyncio.sleep(_DUMP_SECONDS)
                 if how is not None:
                     self._die(how)
         finally:
@@ -438,6 +456,11 @@ class ProcessEngineClient(_Client):
     def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
+
+    def _dump_stacks(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            for number in (signal.SIGUSR1, signal.SIGCONT):  # it may have been stopped
+                self._process.send_signal(number)
 
     async def _reap(self) -> None:
         if self._process is not None:

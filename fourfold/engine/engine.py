@@ -1,8 +1,15 @@
 """The step loop: requests in, tokens out.
 
-Contract: `add` queues a request, `step` runs one batch and says what it added to whom, `abort` may come
-at any moment between. One thread, no hidden state; a request gets the same tokens whatever else runs,
-however it is cut, preempted, resumed or drafted for. It knows token ids only; text is the caller's.
+Contract: `add` queues a request, `step` runs one batch and says what a batch added to whom, `abort` may
+come at any moment between. One thread, no hidden state; a request gets the same tokens whatever else
+runs, however it is cut, preempted, resumed or drafted for. It knows token ids only; text is the
+caller's.
+
+    one after the other      schedule 1 · launch 1 · collect 1 · schedule 2 · launch 2 · collect 2
+    overlapped               schedule 1 · launch 1 · schedule 2 · launch 2 · collect 1 · schedule 3 …
+
+Overlapped, the device starts on step n + 1 as soon as it is done with n, and the host's work hides
+behind it. Where a step depends on what the host does not know yet, it falls back to the first form.
 """
 
 from __future__ import annotations
@@ -13,19 +20,22 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fourfold.cache.image import StateImage
 from fourfold.cache.pages import chain_root
 from fourfold.cache.pool import allocate
 from fourfold.cache.prefix import PrefixCache
-from fourfold.cache.rows import row_formats
 from fourfold.core.client import StepInfo
 from fourfold.core.config import EngineConfig
 from fourfold.core.errors import RequestError
 from fourfold.core.request import FinishReason, Request, RequestOutput
+from fourfold.core.tensor import dtype_name
+from fourfold.engine.capacity import Capacity, engine_row_formats
 from fourfold.engine.loading import LoadedModel
-from fourfold.engine.memory import Capacity, plan_memory
-from fourfold.engine.runner import Runner, RunResult
-from fourfold.engine.scheduler import Limits, Run, Scheduler
-from fourfold.engine.sequence import Sequence
+from fourfold.engine.masks import MaskMaker, TokenMask
+from fourfold.engine.memory import plan_memory
+from fourfold.engine.runner import Flight, Runner, RunResult
+from fourfold.engine.scheduler import Limits, Scheduler, Step
+from fourfold.engine.sequence import Run, Sequence
 
 
 @dataclass
@@ -57,7 +67,8 @@ class Engine:
     """A loaded model and the requests it is working on.
 
     `allowed_token_ids` are the ids the tokenizer can decode; others are never sampled. `on_step` is
-    told of every step before the model runs.
+    told of every step before the model runs. `masks` makes what grammars need; without it they are
+    refused.
     """
 
     def __init__(
@@ -66,13 +77,15 @@ class Engine:
         config: EngineConfig,
         allowed_token_ids: Iterable[int] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
+        masks: MaskMaker | None = None,
     ):
         self.config, self.loaded = config, loaded
         model, device = loaded.config, loaded.device.torch_device
-        formats = row_formats(
-            model, loaded.dtype, config.cache.kv_cache_dtype, config.cache.index_cache_dtype
+        dtype = dtype_name(loaded.dtype)
+        formats = engine_row_formats(config, model, dtype)
+        self.capacity: Capacity = plan_memory(
+            config, model, dtype, loaded.weight_bytes, loaded.device
         )
-        self.capacity: Capacity = plan_memory(config, model, formats, loaded.device)
         drafts, slots = config.num_speculative_tokens, config.max_num_seqs
         state = allocate(
             model, formats, self.capacity.num_pages, slots, loaded.dtype, device, drafts
@@ -81,6 +94,7 @@ class Engine:
             loaded.model,
             state,
             slots,
+            self.capacity.max_model_len,
             device,
             _allowed(allowed_token_ids, model.vocab_size),
             drafts,
@@ -108,16 +122,23 @@ class Engine:
         self._held: dict[str, list[Sequence]] = {}  # sequences that wait for their first one
         self._arrivals = 0
         self._on_step = on_step or (lambda step: None)
+        self._masks = masks
+        overlapped = config.async_scheduling
+        # A CPU is not free to work ahead.
+        self._overlapped = device.type != "cpu" if overlapped is None else overlapped
+        self._flight: Flight | None = None
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     def add(self, request: Request) -> None:
         """Queue a request; raises `RequestError` or `CapacityError` if it cannot run."""
         if request.request_id in self._requests:
             raise RequestError(f"a request with id {request.request_id!r} is running already")
         self._check_tokens(request)
+        if request.grammar is not None and self._masks is None:
+            raise RequestError("this engine was started without support for grammars")
         first, *others = (self._sequence(request, index) for index in range(request.params.n))
         self.scheduler.admit(first)
         self._requests[request.request_id] = [first, *others]
@@ -150,19 +171,37 @@ class Engine:
         return True
 
     def step(self) -> list[RequestOutput]:
-        """Run one batch; what it added to each sequence that gained a token or ended."""
-        step = self.scheduler.schedule()
+        """Run one batch; what one brought, of this step or the one before, to each sequence that gained
+        a token or ended."""
+        step, brought = self.scheduler.schedule(), []
+        if step is None:
+            brought = self._collect()
+            step = self.scheduler.schedule()
+            assert step is not None, "nothing is in flight"
+        launched = self._launch(step)
+        brought += self._collect()
+        self._flight = launched
+        return brought if self._overlapped else self._collect()
+
+    def _launch(self, step: Step) -> Flight | None:
+        """Give a step to the device."""
         for saving in step.savings:
             self.scheduler.saved(saving.sequence, self.runner.save(saving))
-        if step.restorings:
-            self.runner.restore(step.restorings)
+        self.runner.enter(step)
         if not step.runs:
-            return []
+            return None
         self.stats.num_steps += 1
         num_tokens = sum(run.count for run in step.runs)
         self._on_step(StepInfo(self.stats.num_steps, len(step.runs), num_tokens))
-        results = self.runner.run(step.runs)
-        outputs = [self._commit(run, got) for run, got in zip(step.runs, results, strict=True)]
+        return self.runner.launch(step.runs)
+
+    def _collect(self) -> list[RequestOutput]:
+        """Wait for the step in flight, if there is one, and take in what it brought."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        results = zip(flight.runs, self.runner.collect(flight), strict=True)
+        outputs = [self._commit(run, got) for run, got in results if not run.sequence.over]
         brought = [output for output in outputs if output is not None]
         self.stats.generation_tokens += sum(len(output.new_token_ids) for output in brought)
         return brought
@@ -206,33 +245,42 @@ class Engine:
             ),
             root=chain_root(self.fingerprint, request.cache_salt),
             token_ids=list(request.prompt_token_ids),
+            mask=self._mask(request),
         )
+
+    def _mask(self, request: Request) -> TokenMask | None:
+        if request.grammar is None or self._masks is None:
+            return None
+        return self._masks(request.grammar, self.loaded.config.vocab_size)
 
     def _commit(self, run: Run, result: RunResult) -> RequestOutput | None:
         """Take a run's result into its sequence."""
-        sequence, tokens = run.sequence, result.token_ids
-        if result.nonfinite:
+        sequence = run.sequence
+        standing, tokens, nonfinite, drafts, _, prompt_logprobs, image = result
+        if nonfinite:
             self._end(sequence)
             error = "the model's numbers were not finite"
             return self._output(sequence, RunResult(0), FinishReason.ERROR, error=error)
-        if result.prompt_logprobs:
+        if prompt_logprobs:
             begin = sequence.num_computed_tokens + 1
-            sequence.prompt_logprobs[begin:] = result.prompt_logprobs
-        if run.drafts:
-            self.stats.verified[len(run.drafts), len(tokens) - 1] += 1
-        reason = sequence.advance(result.standing, tokens, result.drafts)
-        self.scheduler.commit(sequence)
-        if run.keep_image or reason:
-            self._keep_image(sequence)
+            sequence.prompt_logprobs[begin:] = prompt_logprobs
+        if run.num_drafts:
+            self.stats.verified[run.num_drafts, len(tokens) - 1] += 1
+        reason = sequence.advance(standing, tokens, drafts)
+        self.scheduler.settled(run)
+        if reason or image:
+            # After its end no step that is in flight has changed a sequence's state.
+            self._keep_image(sequence, image)
         if self._held:
             self._release_held(sequence, reason)
         if reason:
             self._end(sequence)
         return self._output(sequence, result, reason) if tokens else None
 
-    def _keep_image(self, sequence: Sequence) -> None:
+    def _keep_image(self, sequence: Sequence, image: StateImage | None) -> None:
+        """Make an image findable: that of the sequence's present state where none is at hand."""
         if self.scheduler.cache.enabled:
-            self.scheduler.keep_image(sequence, self.runner.image(sequence))
+            self.scheduler.keep_image(sequence, image or self.runner.image(sequence))
 
     def _release_held(self, sequence: Sequence, reason: FinishReason | None) -> None:
         """Let a request's other sequences start once the first one's prompt is done."""
@@ -274,7 +322,7 @@ class Engine:
             reason,
             sequence.index,
             tokens[-1] if reason is FinishReason.STOP else None,
-            result.logprobs,
+            tuple(result.logprobs),
             prompt_logprobs,
             sequence.cached_tokens,
             sequence.cache_miss,

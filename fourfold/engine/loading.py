@@ -15,6 +15,7 @@ from fourfold import kernels
 from fourfold.core.config import EngineConfig, ModelConfig
 from fourfold.core.device import Device
 from fourfold.core.errors import ConfigError
+from fourfold.core.tensor import named_dtype
 from fourfold.dist.comm import SingleComm
 from fourfold.model.v4 import DeepseekV4
 from fourfold.ops.catalog import OPS
@@ -40,6 +41,7 @@ class LoadedModel:
     checkpoint: CheckpointPlan
     notes: tuple[str, ...]
     identity: str  # of the checkpoint: what a cache's content is bound to
+    weight_bytes: int  # all parameters as they lie in memory
 
 
 def load_model(
@@ -59,7 +61,7 @@ def load_model(
             "(num_nextn_predict_layers is 0)"
         )
     name = reading.config.torch_dtype if config.dtype == "auto" else config.dtype
-    dtype = getattr(torch, name)
+    dtype = named_dtype(name)
     plan = KernelPlan.resolve(
         OPS, kernels.load(device), device, reading.config, dtype, dict(config.kernels)
     )
@@ -74,7 +76,14 @@ def load_model(
     notes.extend(f"unusual weight: {outlier}" for outlier in outliers[:MOST_OUTLIERS])
     if len(outliers) > MOST_OUTLIERS:
         notes.append(f"unusual weights: {len(outliers) - MOST_OUTLIERS} more")
-    identity = f"{location.directory}@{location.revision}"
     return LoadedModel(
-        model, reading.config, dtype, device, plan, checkpoint, tuple(notes), identity
+        model,
+        reading.config,
+        dtype,
+        device,
+        plan,
+        checkpoint,
+        tuple(notes),
+        identity=f"{location.directory}@{location.revision}",
+        weight_bytes=sum(weight.nbytes for weight in parameters.values()),
     )

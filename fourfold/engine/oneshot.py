@@ -14,14 +14,10 @@ from torch import Tensor
 
 from fourfold.cache.pool import allocate
 from fourfold.cache.rows import RowFormats, row_formats
-from fourfold.core.batch import (
-    PAGE_TOKENS,
-    ForwardBatch,
-    ScheduledBatch,
-    ScheduledSequence,
-    lower,
-)
+from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower
+from fourfold.core.row_format import pages_for
 from fourfold.core.state import ModelState
+from fourfold.core.tensor import dtype_name
 from fourfold.model.parts import ForwardOutput, Observer
 from fourfold.model.v4 import DeepseekV4
 
@@ -37,11 +33,11 @@ def pack(
     dtype, device = table.dtype, table.device
     runs, pages = [], 0
     for token_ids in sequences:
-        count = -(-len(token_ids) // PAGE_TOKENS)
+        count = pages_for(len(token_ids))
         runs.append(ScheduledSequence(token_ids, block_ids=range(pages, pages + count)))
         pages += count
-    name = str(dtype).removeprefix("torch.")
-    formats = formats or row_formats(config, dtype, name, name)
+    name = dtype_name(dtype)
+    formats = formats or row_formats(config, name, name, name)
     state = allocate(config, formats, max(pages, 1), 1, dtype, device)
     batch = lower(ScheduledBatch(tuple(runs)), config.compress_ratios, 1, device)
     return batch, state

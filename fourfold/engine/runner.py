@@ -1,17 +1,22 @@
 """Carries out a step on the device: saves and restores state, runs the model, samples, drafts.
 
-Contract: the only place that calls the model. A run's tokens are the next known ones, then its drafts;
-a sampling run gets one logits row for its last known token and one for each draft. What is sampled at
-a position depends on the sequence alone (its tokens, parameters, seed). Draft tokens that do not stand
-leave nothing behind that a later step reads: their ring rows and compressed rows lie beyond every
-visible position until they are written again, and folds are kept for every draft position.
+    launch(runs) ─▶ place ─ model ─ sample ─ settle ─ draft ─▶ Flight ─▶ collect ─▶ what each run brought
+                      ▲                        │
+                      └─ SlotTable, next step ─┘
+
+Contract: the only place that calls the model. `launch` reads nothing back, so that the next step can be
+launched before this one is collected. A run's tokens are the next known ones, or the one sampled last
+and its drafts; a sampling run gets one logits row for its last known token and one for each draft. What
+is sampled at a position depends on the sequence alone (its tokens, parameters, seed). Draft tokens that
+do not stand leave nothing behind that a later step reads: their ring rows and compressed rows lie beyond
+every visible position until they are written again, and folds are kept for every draft position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,39 +30,56 @@ from fourfold.core.batch import (
     ScheduledSequence,
     batch_after,
     lower,
+    to_device,
 )
 from fourfold.core.request import TokenLogprobs
+from fourfold.core.row_format import pages_for
 from fourfold.core.state import ModelState
-from fourfold.engine.sampler import Sampler
-from fourfold.engine.scheduler import Restoring, Run, Saving
-from fourfold.engine.sequence import Sequence
+from fourfold.engine.sampler import (
+    LogprobTensors,
+    Sampler,
+    WantedLogprobs,
+    token_logprobs,
+)
+from fourfold.engine.scheduler import Saving, Step
+from fourfold.engine.sequence import Run, Sequence
+from fourfold.engine.slots import Seats, Settled, SlotTable
+from fourfold.engine.steplayout import Layouts, StepLayout
 from fourfold.model.parts import ForwardOutput
 from fourfold.model.v4 import DeepseekV4
-
-T = TypeVar("T")
 
 PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once
 
 
 class RunResult(NamedTuple):
     """What a run brought: how many of its tokens stand (all but rejected drafts), tokens sampled (none:
-    the run did not sample), whether it met a number that is not finite, drafts after the last token, and
-    log probabilities where asked for."""
+    the run did not sample), whether it met a number that is not finite, drafts after the last token, log
+    probabilities where asked for, and the image the run was to keep."""
 
     standing: int
     token_ids: tuple[int, ...] = ()
     nonfinite: bool = False
-    drafts: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    drafts: Seq[int] = ()
+    logprobs: Seq[TokenLogprobs] = ()
+    prompt_logprobs: Seq[TokenLogprobs] = ()
+    image: StateImage | None = None
 
 
-def _spread(values: Seq[tuple[T, ...]], runs: Seq[Run]) -> Seq[tuple[T, ...]]:
-    """The values of the runs that sample, with nothing for the others."""
-    if len(values) == len(runs):
-        return values
-    each = iter(values)
-    return [next(each) if run.samples else () for run in runs]
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched: its runs, and host tensors that fill up.
+
+    `answers [R, 1 + W + k]`: for each sampling run how many tokens it took, what was sampled in its
+    rows, its next drafts. `ready` is recorded behind all of them (None: they are there).
+    """
+
+    runs: tuple[Run, ...]
+    answers: Tensor
+    nonfinite: Tensor
+    logprobs: WantedLogprobs | None
+    prompt_logprobs: dict[int, list[tuple[Seq[int], LogprobTensors]]]  # by run
+    images: dict[int, StateImage]  # by run
+    ready: torch.cuda.Event | None
 
 
 class Runner:
@@ -68,24 +90,27 @@ class Runner:
         model: DeepseekV4,
         state: ModelState,
         num_slots: int,
+        max_model_len: int,
         device: torch.device,
         allowed: Tensor | None,
         num_drafts: int = 0,
     ):
-        config, table = model.config, model.embed.table
+        config = model.config
         self.model, self.state, self.device = model, state, device
-        self.num_drafts, self.versions = num_drafts, 1 + num_drafts
+        self.num_drafts = num_drafts
         self.ring_rows = ring_rows(config, num_drafts)
-        # What a decoding run keeps, by slot: the fold after token i as version i.
-        self.keeps = [
-            [(i, slot * self.versions + i) for i in range(self.versions)]
-            for slot in range(num_slots)
-        ]
         self.allowed = None if allowed is None else allowed.to(device)
         self.sampler = Sampler(model.ops, self.allowed, device)
-        # Streams of each slot's last committed token: images hold them, the MTP layer resumes on them.
-        shape = (num_slots, config.hc_mult, config.hidden_size)
-        self.last_streams = torch.zeros(shape, dtype=table.dtype, device=device)
+        self.slots = SlotTable(
+            num_slots,
+            num_drafts,
+            pages_for(max_model_len),
+            (config.hc_mult, config.hidden_size),
+            model.embed.table.dtype,
+            device,
+        )
+        self._layouts = Layouts(config.compress_ratios, self.ring_rows, device)
+        self._last_slots: tuple[list[int], Tensor] = ([], torch.zeros(0))
 
     @torch.inference_mode()
     def save(self, saving: Saving) -> StateImage:
@@ -93,25 +118,27 @@ class Runner:
         place = self._place(saving.state_slot, saving.fold_version, saving.block_ids)
         place = replace(place, carry=len(saving.block_ids))
         position = saving.sequence.num_computed_tokens
-        image = capture(self.state, place, position, self.last_streams[saving.state_slot])
+        image = capture(self.state, place, position, self.slots.streams[saving.state_slot])
         return image.to(torch.device("cpu"))
 
     @torch.inference_mode()
     def image(self, sequence: Sequence) -> StateImage:
-        """The state of a running sequence at its `num_computed_tokens`."""
-        place = self._place(sequence.state_slot, sequence.fold_version, sequence.block_ids)
-        streams = self.last_streams[sequence.state_slot]
-        return capture(self.state, place, sequence.num_computed_tokens, streams)
+        """The state of a sequence with nothing in flight, at its `num_computed_tokens`."""
+        return self._image(sequence, sequence.fold_version, sequence.num_computed_tokens)
 
     @torch.inference_mode()
-    def restore(self, restorings: Seq[Restoring]) -> None:
-        """Write images to their sequences' places, and compute the MTP rows they could not hold."""
+    def enter(self, step: Step) -> None:
+        """Take in sequences that got a slot or pages: write images to the places of those that have
+        one, and compute the MTP rows these could not hold."""
+        restorings = step.restorings
+        self.slots.enter(step.started)
+        self.slots.extend(step.extended)
         for each in restorings:
             sequence = each.sequence
-            place = self._place(sequence.state_slot, sequence.fold_version, sequence.block_ids)
-            streams = restore(self.state, replace(place, carry=each.carry), each.image)
-            self.last_streams[sequence.state_slot] = streams.to(self.device)
-        if not self.num_drafts:
+            place = self._place(sequence.state_slot, 0, sequence.block_ids)
+            streams = self.slots.streams[sequence.state_slot]
+            restore(self.state, replace(place, carry=each.carry), each.image, streams)
+        if not self.num_drafts or not restorings:
             return
         last = [
             ScheduledSequence(
@@ -123,30 +150,103 @@ class Runner:
             for r in restorings
         ]
         batch = lower(ScheduledBatch(tuple(last)), (), self.ring_rows, self.device)
-        streams = self.last_streams[batch.state_slots]
+        streams = self.slots.streams[batch.state_slots]
         self.model.mtp[0].forward(streams, batch.token_ids, batch, self.state.mtp[0])
 
     @torch.inference_mode()
-    def run(self, runs: Seq[Run]) -> list[RunResult]:
-        """Run the model over `runs` and sample; accepted state is at the sequences' new length."""
-        batch = lower(self._scheduled(runs), self._ratios, self.ring_rows, self.device)
+    def launch(self, runs: tuple[Run, ...]) -> Flight:
+        """Start a step over `runs`, behind all steps launched before."""
+        seats = self.slots.seat(self._layouts.of(runs), self._slots(runs))
+        batch = self.slots.place(seats, self._known_tokens(runs))
         out = self.model.forward(batch, self.state)
-        nonfinite = self._nonfinite(batch, out).tolist()
+        nonfinite = self._nonfinite(batch, out)
         sampling = [run for run in runs if run.samples]
-        tokens, logprobs, sampled = self.sampler.sample(out.logits, sampling)
-        drafts = self._draft(runs, batch, out, sampled, tokens)
-        rejected = self._rejected(runs, tokens)
-        standing = [run.count - gone for run, gone in zip(runs, rejected, strict=True)]
-        last = self._last_standing(batch, rejected)
-        self.last_streams[batch.state_slots] = out.streams[last]
-        prompts = [
-            self._prompt_logprobs(run, number, batch, out)
-            if run.sequence.request.params.prompt_logprobs is not None
-            else ()
-            for number, run in enumerate(runs)
+        sampled = self._sample(sampling, out.logits, batch, seats)
+        settled = self.slots.settle(seats, batch, sampled, nonfinite, out.streams, self.model.ops)
+        drafts = self._draft(runs, seats.step, batch, out, sampled, settled)
+        self.slots.tokens[seats.mine, 1:] = drafts
+        answers = torch.cat([settled.taken.unsqueeze(1), settled.picks, drafts], dim=1)
+        logprobs = self.sampler.logprobs(out.logits, sampling, sampled) if sampling else None
+        if logprobs is not None:
+            logprobs = replace(logprobs, tensors=self._all_home(logprobs.tensors))
+        flight = Flight(
+            runs,
+            self._home(answers),
+            self._home(nonfinite),
+            logprobs,
+            self._prompt_logprobs(runs, batch, out),
+            {
+                number: self._image(run.sequence, 0, run.begin + run.count)
+                for number, run in enumerate(runs)
+                if run.keep_image
+            },
+            torch.cuda.Event() if self.device.type == "cuda" else None,
+        )
+        if flight.ready is not None:
+            flight.ready.record()
+        return flight
+
+    def collect(self, flight: Flight) -> list[RunResult]:
+        """Wait for a step; what each of its runs brought."""
+        if flight.ready is not None:
+            flight.ready.synchronize()
+        answers, nonfinite = flight.answers.tolist(), flight.nonfinite.tolist()
+        width = flight.answers.shape[1] - self.num_drafts
+        each = iter(answers)
+        results = [
+            _sampled(run, next(each), width, bad) if run.samples else RunResult(run.count, (), bad)
+            for run, bad in zip(flight.runs, nonfinite, strict=True)
         ]
-        brought = (_spread(tokens, runs), nonfinite, _spread(drafts, runs), _spread(logprobs, runs))
-        return list(map(RunResult._make, zip(standing, *brought, prompts, strict=True)))
+        for number, image in flight.images.items():
+            results[number] = results[number]._replace(image=image)
+        for number in flight.prompt_logprobs:
+            found = self._collect_prompt_logprobs(flight, number)
+            results[number] = results[number]._replace(prompt_logprobs=found)
+        if flight.logprobs is not None:
+            sampling = [number for number, run in enumerate(flight.runs) if run.samples]
+            for number, first in zip(sampling, flight.logprobs.first, strict=True):
+                if first is not None:
+                    results[number] = _with_logprobs(flight, results[number], number, first)
+        return results
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory that fills up when the device comes to it."""
+        if self.device.type == "cpu":
+            return tensor
+        home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return home.copy_(tensor, non_blocking=True)
+
+    def _all_home(self, tensors: LogprobTensors) -> LogprobTensors:
+        first, second, third, fourth = tensors
+        return self._home(first), self._home(second), self._home(third), self._home(fourth)
+
+    def _place(self, slot: int, version: int, block_ids: Seq[int]) -> Place:
+        fold_slot = slot * self.slots.versions + version
+        return Place(slot, fold_slot, block_ids, self.model.config.sliding_window)
+
+    def _image(self, sequence: Sequence, version: int, position: int) -> StateImage:
+        place = self._place(sequence.state_slot, version, sequence.block_ids)
+        return capture(self.state, place, position, self.slots.streams[sequence.state_slot])
+
+    def _slots(self, runs: Seq[Run]) -> Tensor:
+        """The runs' slots; from one decode step to the next they are mostly the same."""
+        slots = [run.sequence.state_slot for run in runs]
+        if slots != self._last_slots[0] or not slots:
+            moved = to_device([np.array(slots, np.int64)], self.device)[0]
+            self._last_slots = (slots, moved)
+        return self._last_slots[1]
+
+    def _known_tokens(self, runs: Seq[Run]) -> Tensor | None:
+        """Flat token ids of runs that do not just decode, −1 for those that do; None if all do."""
+        if all(run.decodes for run in runs):
+            return None
+        ids: list[int] = []
+        for run in runs:
+            if run.decodes:
+                ids += [-1] * run.count
+            else:
+                ids += run.sequence.token_ids[run.begin : run.begin + run.count]
+        return to_device([np.array(ids, np.int64)], self.device)[0]
 
     def _nonfinite(self, batch: ForwardBatch, out: ForwardOutput) -> Tensor:
         """Which sequences met a number that is not finite, their logits included."""
@@ -154,53 +254,32 @@ class Runner:
         check = self.model.ops.nonfinite_sequences
         return out.nonfinite | check(out.logits, owners, batch.num_sequences)
 
-    @property
-    def _ratios(self) -> tuple[int, ...]:
-        return self.model.config.compress_ratios
-
-    def _place(self, slot: int, version: int, block_ids: Seq[int]) -> Place:
-        fold_slot = slot * self.versions + version
-        return Place(slot, fold_slot, block_ids, self.model.config.sliding_window)
-
-    def _scheduled(self, runs: Seq[Run]) -> ScheduledBatch:
-        """The runs as host integers: tokens, where state is read, where folds are kept."""
-        sequences = []
-        for run in runs:
-            s, count, drafts = run.sequence, run.count, run.drafts
-            computed, slot = s.num_computed_tokens, s.state_slot
-            first = slot * self.versions
-            last = count - len(drafts) - 1  # known token
-            tokens = s.token_ids[computed : computed + last + 1]
-            if drafts:
-                tokens += drafts
-            keeps = [(last, first)] if last else self.keeps[slot][:count]
-            source = first + s.fold_version if computed else -1
-            wanted = last if run.samples else count
-            sequences.append(
-                ScheduledSequence(tokens, computed, s.block_ids, slot, source, keeps, wanted)
-            )
-        return ScheduledBatch(tuple(sequences))
+    def _sample(
+        self, sampling: Seq[Run], logits: Tensor, batch: ForwardBatch, seats: Seats
+    ) -> Tensor:
+        if not sampling:
+            return torch.zeros(0, dtype=torch.int64, device=self.device)
+        return self.sampler.sample(logits, sampling, batch, seats)
 
     def _draft(
         self,
         runs: Seq[Run],
+        step: StepLayout,
         batch: ForwardBatch,
         out: ForwardOutput,
         sampled: Tensor,
-        tokens: Seq[tuple[int, ...]],
-    ) -> list[tuple[int, ...]]:
-        """Guesses at the tokens after each sampling run's last: one from the MTP layer over the whole
-        batch, on the main model's streams, each further one from the layer's own."""
+        settled: Settled,
+    ) -> Tensor:
+        """Guesses at the tokens after each sampling run's last, `[R, k]`: one from the MTP layer over
+        the whole batch, on the main model's streams, each further one from the layer's own."""
         if not self.num_drafts:
-            return [()] * len(tokens)
+            return settled.picks[:, :0]
         mtp, state = self.model.mtp[0], self.state.mtp[0]
         following = self._following(runs, batch, sampled)
-        samples = np.flatnonzero(np.array([run.samples for run in runs]))
-        last = self._last_standing(batch, self._rejected(runs, tokens))
-        last = last[torch.from_numpy(samples).to(self.device)]
+        last = step.pick(settled.last)
         guess = mtp.forward(out.streams, following, replace(batch, logits_tokens=last), state)
-        if not tokens:
-            return []
+        if not last.shape[0]:
+            return settled.picks.new_zeros(0, self.num_drafts)
         ids, streams = self._likeliest(guess.logits), guess.streams[last]
         drafts = [ids]
         for _ in range(1, self.num_drafts):
@@ -208,7 +287,7 @@ class Runner:
             guess = mtp.forward(streams, ids, batch, state)
             ids, streams, last = self._likeliest(guess.logits), guess.streams, batch.logits_tokens
             drafts.append(ids)
-        return list(map(tuple, torch.stack(drafts, dim=1).tolist()))
+        return torch.stack(drafts, dim=1)
 
     def _following(self, runs: Seq[Run], batch: ForwardBatch, sampled: Tensor) -> Tensor:
         """The token after each token of the batch: the next one, what was sampled, or, after a run
@@ -216,30 +295,14 @@ class Runner:
         following = batch.token_ids.roll(-1)
         following[batch.logits_tokens] = sampled
         known = [
-            (number, run.sequence.token_ids[run.sequence.num_computed_tokens + run.count])
+            (number, run.sequence.token_ids[run.begin + run.count])
             for number, run in enumerate(runs)
             if not run.samples
         ]
         if known:
-            numbers, ids = torch.tensor(known).to(self.device).unbind(1)
+            numbers, ids = to_device(list(np.array(known, np.int64).T), self.device)
             following[batch.cu_seqlens_q[numbers + 1] - 1] = ids
         return following
-
-    def _rejected(self, runs: Seq[Run], tokens: Seq[tuple[int, ...]]) -> Seq[int]:
-        """How many of each run's tokens do not stand, given what those that sample have sampled."""
-        if not self.num_drafts:
-            return [0] * len(runs)
-        return [
-            len(run.drafts) + 1 - len(got) if got else 0
-            for run, got in zip(runs, _spread(tokens, runs), strict=True)
-        ]
-
-    def _last_standing(self, batch: ForwardBatch, rejected: Seq[int]) -> Tensor:
-        """The flat token of each run after which nothing stands, `[S]`."""
-        last = batch.cu_seqlens_q[1:] - 1
-        if not self.num_drafts:
-            return last
-        return last - torch.from_numpy(np.array(rejected)).to(self.device)
 
     def _likeliest(self, logits: Tensor) -> Tensor:
         if self.allowed is not None:
@@ -247,16 +310,51 @@ class Runner:
         return logits.argmax(-1)
 
     def _prompt_logprobs(
-        self, run: Run, number: int, batch: ForwardBatch, out: ForwardOutput
-    ) -> tuple[TokenLogprobs, ...]:
-        """Log probabilities of the prompt tokens after this run's, in tiles of rows."""
-        count = run.sequence.request.params.prompt_logprobs or 0
-        computed = run.sequence.num_computed_tokens
-        wanted = run.sequence.request.prompt_token_ids[computed + 1 : computed + 1 + run.count]
-        begin = int(batch.cu_seqlens_q[number])
-        found: list[TokenLogprobs] = []
-        for low in range(0, len(wanted), PROMPT_LOGPROB_ROWS):
-            part = wanted[low : low + PROMPT_LOGPROB_ROWS]
-            streams = out.streams[begin + low : begin + low + len(part)]
-            found += self.sampler.logprobs(self.model.head(streams), part, count)
-        return tuple(found)
+        self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput
+    ) -> dict[int, list[tuple[Seq[int], LogprobTensors]]]:
+        """For the runs that ask for them: prompt tokens after the run's own with their log
+        probabilities, in tiles of rows."""
+        found: dict[int, list[tuple[Seq[int], LogprobTensors]]] = {}
+        begin = 0
+        for number, run in enumerate(runs):
+            count = run.sequence.request.params.prompt_logprobs
+            if count is not None:
+                prompt = run.sequence.request.prompt_token_ids
+                wanted = prompt[run.begin + 1 : run.begin + 1 + run.count]
+                tiles: list[tuple[Seq[int], LogprobTensors]] = []
+                for low in range(0, len(wanted), PROMPT_LOGPROB_ROWS):
+                    part = wanted[low : low + PROMPT_LOGPROB_ROWS]
+                    streams = out.streams[begin + low : begin + low + len(part)]
+                    ids = torch.tensor(part).to(self.device)
+                    logits = self.model.head(streams)
+                    tensors = self.model.ops.token_logprobs(logits, ids, count)
+                    tiles.append((part, self._all_home(tensors)))
+                found[number] = tiles
+            begin += run.count
+        return found
+
+    def _collect_prompt_logprobs(self, flight: Flight, number: int) -> list[TokenLogprobs]:
+        count = flight.runs[number].sequence.request.params.prompt_logprobs or 0
+        tiles = flight.prompt_logprobs.get(number, ())
+        return [each for ids, tensors in tiles for each in token_logprobs(ids, tensors, count)]
+
+
+def _sampled(run: Run, answer: list[int], width: int, nonfinite: bool) -> RunResult:
+    """From a row of `Flight.answers`, whose drafts begin at `width`."""
+    taken = answer[0]
+    standing = run.count - run.num_drafts + taken - 1
+    return RunResult(standing, tuple(answer[1 : 1 + taken]), nonfinite, answer[width:])
+
+
+def _with_logprobs(flight: Flight, result: RunResult, number: int, first: int) -> RunResult:
+    assert flight.logprobs is not None
+    end = first + len(result.token_ids)
+    tensors = flight.logprobs.tensors
+    own = (
+        tensors[0][first:end],
+        tensors[1][first:end],
+        tensors[2][first:end],
+        tensors[3][first:end],
+    )
+    count = flight.runs[number].sequence.request.params.logprobs or 0
+    return result._replace(logprobs=token_logprobs(result.token_ids, own, count))

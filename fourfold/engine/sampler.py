@@ -1,61 +1,39 @@
-"""Sampling of a step's logits rows: parameters to tensors, draft verification, log probabilities.
+"""Sampling of a step's logits rows: parameters, penalties and masks to tensors, log probabilities.
 
 Contract: every row is sampled as if it were the only one and there were no drafts; a draft stands if it
 is what was sampled. All of a request's parameters apply at every draft position, with the drafts before
-it taken as context.
+it taken as context. Nothing is read back to the host here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fourfold.core.batch import ForwardBatch
 from fourfold.core.request import SamplingParams, TokenLogprobs
-from fourfold.engine.randomness import uniform
-from fourfold.engine.scheduler import Run
-from fourfold.engine.sequence import Sequence
+from fourfold.engine.sequence import Run, Sequence
+from fourfold.engine.slots import Seats
 from fourfold.ops.registry import KernelPlan
 from fourfold.ops.sampling import Adjustments, SamplingRows
 
-MAX_TOP_K = 1 << 31  # no vocabulary is larger
-
-Sampled = tuple[list[tuple[int, ...]], list[tuple[TokenLogprobs, ...]], Tensor]
+LogprobTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """What is asked of the sequences of a step: numbers, one a sequence, and whether at all."""
+class WantedLogprobs:
+    """Log probabilities of what was sampled in the rows of the runs that ask for them: tensors by
+    such row, and the number of the first for each sampling run (None: not asked)."""
 
-    sequences: list[Sequence]
-    seeds: npt.NDArray[np.uint64]
-    temperature: Tensor
-    top_p: Tensor
-    top_k: Tensor
-    min_p: Tensor
-    changes: bool  # some have penalties, biases or barred tokens
-    logprobs: bool  # some want log probabilities
-
-    @staticmethod
-    def of(sequences: list[Sequence], device: torch.device) -> _Columns:
-        params = [s.request.params for s in sequences]
-        top_k = [min(max(p.top_k, 0), MAX_TOP_K) for p in params]
-        return _Columns(
-            sequences,
-            np.array([s.seed for s in sequences], np.uint64),
-            torch.tensor([p.temperature for p in params], dtype=torch.float32).to(device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float32).to(device),
-            torch.tensor(top_k, dtype=torch.int64).to(device),
-            torch.tensor([p.min_p for p in params], dtype=torch.float32).to(device),
-            any(s.changes_logits for s in sequences),
-            any(p.logprobs is not None for p in params),
-        )
+    tensors: LogprobTensors
+    first: tuple[int | None, ...]
 
 
 class Sampler:
@@ -63,74 +41,49 @@ class Sampler:
 
     def __init__(self, ops: KernelPlan, allowed: Tensor | None, device: torch.device):
         self.ops, self.allowed, self.device = ops, allowed, device
-        self._columns = _Columns.of([], device)
 
-    def sample(self, logits: Tensor, runs: Seq[Run]) -> Sampled:
-        """Tokens of each run (its standing drafts and one more), their log probabilities where asked
-        for, and what was sampled in every row of `logits [N, V]`."""
-        if not runs:
-            return [], [], torch.zeros(0, dtype=torch.int64, device=self.device)
-        sequences = [run.sequence for run in runs]
-        # From one decode step to the next they are mostly the same.
-        if sequences != self._columns.sequences:
-            self._columns = _Columns.of(sequences, self.device)
-        columns = self._columns
-        drafts = [run.drafts for run in runs]
-        logits = logits.float()
-        adjustments = self._adjustments(runs, drafts) if columns.changes else None
-        adjusted = self.ops.adjust_logits(logits, adjustments, self.allowed)
-        counts = np.array([1 + len(guessed) for guessed in drafts])
-        sampled = self.ops.sample(adjusted, self._rows(columns, counts))
-        tokens = self._accept(sampled, sequences, drafts, counts)
-        if columns.logprobs:
-            return tokens, self._logprobs(logits, runs, drafts, tokens), sampled
-        return tokens, [()] * len(tokens), sampled
-
-    def logprobs(self, logits: Tensor, tokens: Seq[int], count: int) -> list[TokenLogprobs]:
-        """Log probabilities of `tokens` under `logits [N, V]`, with `count` alternatives."""
-        ids = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
-        own, rank, top, top_logprobs = self.ops.token_logprobs(logits, ids, count)
-        columns = zip(
-            tokens, own.tolist(), rank.tolist(), top.tolist(), top_logprobs.tolist(), strict=True
+    def sample(self, logits: Tensor, runs: Seq[Run], batch: ForwardBatch, seats: Seats) -> Tensor:
+        """A token for every row of `logits [L, V]`; `runs` are those that sample."""
+        adjusted = self.ops.adjust_logits(
+            logits.float(), self._adjustments(runs), self._allowed(runs)
         )
-        return [
-            TokenLogprobs(token, value, place, tuple(zip(ids, values, strict=True)))
-            for token, value, place, ids, values in columns
-        ]
+        # A row samples the token after its own.
+        numbers = self.ops.uniform(seats.streams, batch.positions[batch.logits_tokens] + 1)
+        rows = SamplingRows(seats.temperature, seats.top_p, seats.top_k, seats.min_p, numbers)
+        sampled: Tensor = self.ops.sample(adjusted, rows)
+        return sampled
 
-    def _rows(self, columns: _Columns, counts: npt.NDArray[np.int64]) -> SamplingRows:
-        """Parameters of every row; `counts` rows belong to each sequence."""
-        c = columns
-        # Row i of a sequence samples the token at its length + i.
-        positions = np.array([len(s.token_ids) for s in c.sequences])
-        seeds, fields = c.seeds, [c.temperature, c.top_p, c.top_k, c.min_p]
-        if len(counts) < counts.sum():
-            owners = np.repeat(np.arange(len(counts)), counts)
-            first = counts.cumsum() - counts
-            positions = (positions - first)[owners] + np.arange(len(owners))
-            seeds = seeds[owners]
-            on_device = torch.from_numpy(owners).to(self.device)
-            fields = [field[on_device] for field in fields]
-        temperature, top_p, top_k, min_p = fields
-        numbers = torch.from_numpy(uniform(seeds, positions)).to(self.device)
-        return SamplingRows(temperature, top_p, top_k, min_p, numbers)
+    def logprobs(self, logits: Tensor, runs: Seq[Run], sampled: Tensor) -> WantedLogprobs | None:
+        """For the runs that ask for log probabilities; None if nobody does."""
+        counts = [run.sequence.request.params.logprobs for run in runs]
+        if all(count is None for count in counts):
+            return None
+        rows: list[int] = []
+        first: list[int | None] = []
+        for (begin, end), count in zip(_spans(runs), counts, strict=True):
+            first.append(None if count is None else len(rows))
+            rows += [] if count is None else range(begin, end)
+        index = torch.tensor(rows).to(self.device)
+        most = max(count for count in counts if count is not None)
+        return WantedLogprobs(
+            self.ops.token_logprobs(logits[index], sampled[index], most), tuple(first)
+        )
 
-    def _adjustments(self, runs: Seq[Run], drafts: Seq[Seq[int]]) -> Adjustments | None:
+    def _adjustments(self, runs: Seq[Run]) -> Adjustments | None:
         rows: list[int] = []
         tokens: list[int] = []
         repetitions: list[float] = []
         biases: list[float] = []
-        row = 0
-        for run, guessed in zip(runs, drafts, strict=True):
-            if run.sequence.changes_logits:
-                for i in range(1 + len(guessed)):
-                    changes = changed_logits(run.sequence, guessed[:i])
-                    for token, (repetition, bias) in changes.items():
-                        rows.append(row + i)
-                        tokens.append(token)
-                        repetitions.append(repetition)
-                        biases.append(bias)
-            row += 1 + len(guessed)
+        for run, (begin, end) in zip(runs, _spans(runs), strict=True):
+            if not run.sequence.changes_logits:
+                continue
+            for row in range(begin, end):
+                drafts = run.sequence.drafts[: row - begin]
+                for token, (repetition, bias) in changed_logits(run.sequence, drafts).items():
+                    rows.append(row)
+                    tokens.append(token)
+                    repetitions.append(repetition)
+                    biases.append(bias)
         if not rows:
             return None
         return Adjustments(
@@ -140,47 +93,44 @@ class Sampler:
             torch.tensor(biases, dtype=torch.float32).to(self.device),
         )
 
-    def _accept(
-        self,
-        sampled: Tensor,
-        sequences: Seq[Sequence],
-        drafts: Seq[Seq[int]],
-        counts: npt.NDArray[np.int64],
-    ) -> list[tuple[int, ...]]:
-        """Tokens of each sequence: of its `counts` rows of `sampled`, the standing drafts and the one
-        after, up to its end."""
-        width = int(counts.max()) - 1
-        if not width:
-            return [(token,) for token in sampled.tolist()]
-        padded = np.full((len(drafts), width), -1)
-        padded[np.arange(width) < counts[:, None] - 1] = list(chain.from_iterable(drafts))
-        starts = counts.cumsum() - counts
-        # Beyond a sequence's own rows, where no draft can stand, any row will do.
-        rows = np.minimum(starts[:, None] + np.arange(width + 1), len(sampled) - 1)
-        accepted = self.ops.count_accepted(
-            sampled[torch.from_numpy(rows).to(self.device)],
-            torch.from_numpy(padded).to(self.device),
-        )
-        ends = (starts + 1 + accepted.cpu().numpy()).tolist()
-        flat = sampled.tolist()
-        return [
-            sequence.until_end(flat[begin:end])
-            for sequence, begin, end in zip(sequences, starts.tolist(), ends, strict=True)
-        ]
+    def _allowed(self, runs: Seq[Run]) -> Tensor | None:
+        """What may be sampled, `[V]` or `[L, V]`: the tokenizer's ids, less what masks forbid."""
+        masks = []
+        for run, (begin, end) in zip(runs, _spans(runs), strict=True):
+            mask = run.sequence.mask
+            if mask is not None:
+                bits = mask.allowed(run.sequence.drafts[: end - begin - 1])
+                masks.append((range(begin, end), bits))
+        if not masks:
+            return self.allowed
+        count = sum(1 + run.num_drafts for run in runs)
+        width = masks[0][1].shape[1]
+        packed = np.full((count, width), -1, np.int32)
+        for rows, bits in masks:
+            packed[rows.start : rows.stop] = bits
+        words = torch.from_numpy(packed).to(self.device)
+        shifts = torch.arange(32, dtype=torch.int32, device=self.device)
+        allowed = ((words.unsqueeze(-1) >> shifts) & 1).flatten(1).bool()
+        if self.allowed is None:
+            return allowed
+        return allowed[:, : self.allowed.shape[0]] & self.allowed
 
-    def _logprobs(
-        self, logits: Tensor, runs: Seq[Run], drafts: Seq[Seq[int]], tokens: Seq[tuple[int, ...]]
-    ) -> list[tuple[TokenLogprobs, ...]]:
-        found: list[tuple[TokenLogprobs, ...]] = []
-        begin = 0
-        for run, guessed, got in zip(runs, drafts, tokens, strict=True):
-            count = run.sequence.request.params.logprobs
-            if count is None:
-                found.append(())
-            else:
-                found.append(tuple(self.logprobs(logits[begin : begin + len(got)], got, count)))
-            begin += 1 + len(guessed)
-        return found
+
+def _spans(runs: Seq[Run]) -> Iterator[tuple[int, int]]:
+    """First logits row and end of each sampling run."""
+    ends = list(accumulate(1 + run.num_drafts for run in runs))
+    return zip([0, *ends], ends, strict=False)
+
+
+def token_logprobs(tokens: Seq[int], tensors: LogprobTensors, count: int) -> list[TokenLogprobs]:
+    """`tokens` with what `tensors` say of them, row by row, and `count` alternatives each."""
+    own, rank, top, top_logprobs = (tensor.tolist() for tensor in tensors)
+    return [
+        TokenLogprobs(token, value, place, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token, value, place, ids, values in zip(
+            tokens, own, rank, top, top_logprobs, strict=True
+        )
+    ]
 
 
 def changed_logits(sequence: Sequence, drafts: Seq[int]) -> dict[int, tuple[float, float]]:

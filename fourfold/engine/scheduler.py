@@ -1,13 +1,22 @@
 """Which tokens run in the next step, and where everything they need is.
 
 Contract: host data only, and no other input than the calls made: `schedule` is a function of the state
-they left. First come, first served within a priority. A step holds at most `max_num_batched_tokens`
-tokens of at most `max_num_seqs` sequences; decodes go before prefills, so that a long prompt delays
-nobody, and prefills in order of rank, so that none starves: what decodes can take ends with them.
+they left. First come, first served within a priority; but whenever `AGEING` sequences have started,
+the one that has waited longest goes before all others, whatever its priority, so that none starves: a
+sequence behind m older ones starts after at most (m + 1) · (`AGEING` + `max_num_seqs`) others.
+
+A step holds at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences; decodes go
+before prefills, so that a long prompt delays nobody, and prefills in order of rank, so that none
+starves: what decodes can take ends with them.
 
 Where pages run out, the running sequence of largest rank gives up its own: its state is saved to host
 memory and it resumes where it was; if even that is too small, it starts over. Nothing in use is ever
 evicted. A step's parts are to be carried out in the order of `Step`'s fields.
+
+A step may be scheduled while the one before it is in flight. A sequence whose tokens are not known yet
+gets its next run all the same, with pages for the case that all its drafts stand; where what is in
+flight must be known first (somebody has to be preempted, or a sequence's next token depends on it on
+the host), `schedule` says so.
 """
 
 from __future__ import annotations
@@ -24,9 +33,11 @@ from fourfold.cache.blocks import IdPool
 from fourfold.cache.image import StateImage
 from fourfold.cache.pages import chain_at
 from fourfold.cache.prefix import PrefixCache
-from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.errors import CapacityError, RequestError
-from fourfold.engine.sequence import Sequence, pages_for
+from fourfold.core.row_format import PAGE_TOKENS, pages_for
+from fourfold.engine.sequence import Run, Sequence
+
+AGEING = 64  # starts between two that go to whoever has waited longest
 
 
 @dataclass(frozen=True)
@@ -62,27 +73,14 @@ class Restoring:
     carry: int
 
 
-# Not frozen: one is made for every sequence in every step, and freezing would triple what it costs.
-@dataclass(slots=True, eq=False)
-class Run:
-    """The next `count` tokens of a sequence, the last of them the `drafts` to verify.
-
-    `samples` says that the run reaches the end of what is known, so that tokens are sampled;
-    `keep_image` that the state after it is worth an image.
-    """
-
-    sequence: Sequence
-    count: int
-    samples: bool
-    keep_image: bool = False
-    drafts: Seq[int] = ()
-
-
 @dataclass(frozen=True)
 class Step:
-    """What to do, in this order."""
+    """What to do, in this order. `started` are the sequences that got a slot, `extended` those that got
+    pages."""
 
     savings: tuple[Saving, ...]
+    started: tuple[Sequence, ...]
+    extended: tuple[Sequence, ...]
     restorings: tuple[Restoring, ...]
     runs: tuple[Run, ...]
 
@@ -95,10 +93,12 @@ class Scheduler:
         self.slots = IdPool(limits.max_num_seqs)
         self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by rank
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []  # a heap by rank
+        self._starts = 0  # since waiting sequences were last aged
         self._gone: set[int] = set()  # arrivals aborted while waiting
         self._saved_bytes = 0
         self._savings: list[Saving] = []
+        self._extended: list[Sequence] = []  # those that got pages, and no step says so yet
 
     @property
     def num_waiting(self) -> int:
@@ -135,24 +135,30 @@ class Scheduler:
         """Waiting sequences, in no particular order."""
         return (s for _, s in self._waiting if s.arrival not in self._gone)
 
-    def schedule(self) -> Step:
-        """The next step. Empty runs only if nothing can run."""
+    def schedule(self) -> Step | None:
+        """The next step. Empty runs only if nothing can run, or all that could is in flight to its
+        end; None if what is in flight must be known first."""
         budget = self.limits.max_num_batched_tokens
         runs: list[Run] = []
         restorings: list[Restoring] = []
+        starting: list[Sequence] = []
         self._savings, preemptions = [], self.num_preemptions
-        prefilling: list[Sequence] = []
-        for sequence in tuple(self.running):
-            if not sequence.is_decoding:
-                prefilling.append(sequence)
-            elif sequence.state_slot >= 0 and (run := self._decode(sequence, budget, runs)):
-                runs.append(run)
-                budget -= run.count
-        for sequence in prefilling:
-            # Without a slot it was preempted for one before it.
-            if sequence.state_slot >= 0 and (run := self._prefill(sequence, budget, runs)):
-                runs.append(run)
-                budget -= run.count
+        self._age()
+        try:
+            prefilling: list[Sequence] = []
+            for sequence in tuple(self.running):
+                if not sequence.is_decoding:
+                    prefilling.append(sequence)
+                elif sequence.state_slot >= 0 and (run := self._decode(sequence, budget, runs)):
+                    runs.append(run)
+                    budget -= run.count
+            for sequence in prefilling:
+                # Without a slot it was preempted for one before it.
+                if sequence.state_slot >= 0 and (run := self._prefill(sequence, budget, runs)):
+                    runs.append(run)
+                    budget -= run.count
+        except _Unknown:
+            return None
         # Whoever was just preempted would come straight back and push out another.
         crowded = self.num_preemptions > preemptions
         promised = self._promised() if self._can_start(budget) and not crowded else 0
@@ -161,6 +167,7 @@ class Scheduler:
             if started is None:
                 break
             sequence, image, carry = started
+            starting.append(sequence)
             if image is not None:
                 restorings.append(Restoring(sequence, image, carry))
             kind = self._decode if sequence.is_decoding else self._prefill
@@ -168,10 +175,23 @@ class Scheduler:
                 runs.append(run)
                 budget -= run.count
             promised += _lacking(sequence)
-        return Step(tuple(self._savings), tuple(restorings), tuple(runs))
+        for run in runs:
+            run.sequence.flight = run
+        grown = (s for s in (*self._extended, *starting) if s.state_slot >= 0)
+        extended = tuple(dict.fromkeys(grown))
+        self._extended = []
+        return Step(
+            tuple(self._savings),
+            tuple(starting),
+            extended,
+            tuple(restorings),
+            tuple(runs),
+        )
 
     def finish(self, sequence: Sequence) -> None:
-        """Free everything a running sequence holds."""
+        """Free everything a running sequence holds. What it has in flight writes before anything that
+        is launched later, so its places may be given away at once."""
+        sequence.over, sequence.flight = True, None
         self.running.remove(sequence)
         self._release(sequence)
 
@@ -181,6 +201,7 @@ class Scheduler:
             if sequence.state_slot >= 0:
                 self.finish(sequence)
             else:
+                sequence.over = True
                 self._gone.add(sequence.arrival)
                 self._forget_saved(sequence)
         if 2 * len(self._gone) > len(self._waiting):
@@ -188,8 +209,15 @@ class Scheduler:
             heapq.heapify(self._waiting)
             self._gone.clear()
 
-    def commit(self, sequence: Sequence) -> None:
-        """Note that `num_computed_tokens` has grown: full pages become findable."""
+    def settled(self, run: Run) -> None:
+        """Note that the result of a run is in its sequence: full pages become findable."""
+        sequence = run.sequence
+        if sequence.flight is run:
+            sequence.flight = None
+        if (len(sequence.chain) + 1) * PAGE_TOKENS <= sequence.num_computed_tokens:
+            self._commit(sequence)
+
+    def _commit(self, sequence: Sequence) -> None:
         if not self.cache.enabled:
             return
         while (len(sequence.chain) + 1) * PAGE_TOKENS <= sequence.num_computed_tokens:
@@ -216,39 +244,54 @@ class Scheduler:
     def _decode(self, sequence: Sequence, budget: int, runs: Seq[Run] | None) -> Run | None:
         """The next run of a decoding sequence within `budget`, with pages for it. For these, sequences
         that are not in `runs` may be preempted (None: nobody may)."""
-        drafts = sequence.drafts
-        count = 1 + len(drafts)
-        if count > budget:
-            drafts, count = drafts[: max(budget - 1, 0)], budget
-        if not count or not self._get_pages(sequence, count, runs):
+        flight, known = sequence.flight, len(sequence.token_ids)
+        if flight is None:
+            begin, most, num_drafts = known - 1, known, len(sequence.drafts)
+        else:
+            begin, most, num_drafts = sequence.next_begin, sequence.most_tokens, 0
+            if flight.samples:
+                # Of what remains one is in flight, and after the last one nothing is drafted.
+                num_drafts = min(self.limits.num_drafts, sequence.total - known - 2)
+                if num_drafts < 0:
+                    return None
+                if sequence.needs_tokens:
+                    raise _Unknown
+        count = 1 + num_drafts if num_drafts < budget else budget
+        if not count or not self._get_pages(sequence, most - 1 + count, runs):
             return None
-        return Run(sequence, count, True, False, drafts)
+        return Run(sequence, begin, count, True, count - 1, True)
 
     def _prefill(self, sequence: Sequence, budget: int, runs: Seq[Run] | None) -> Run | None:
         """The same for one whose prompt, or whose tokens from before, are not all in the state."""
-        known = len(sequence.token_ids) - sequence.num_computed_tokens
+        begin = sequence.next_begin
+        known = len(sequence.token_ids) - begin
         count, samples, keep_image = min(known, budget), known <= budget, False
         stop = sequence.next_image_position(self.limits.image_interval)
-        if self.cache.enabled and stop is not None:
-            distance = stop - sequence.num_computed_tokens
-            if distance <= count:
-                count, samples, keep_image = distance, False, True
-        if not count or not self._get_pages(sequence, count, runs):
+        if self.cache.enabled and stop is not None and stop - begin <= count:
+            count, samples, keep_image = stop - begin, False, True
+        if not count or not self._get_pages(sequence, begin + count, runs):
             return None
-        return Run(sequence, count, samples, keep_image)
+        return Run(sequence, begin, count, samples, keep_image=keep_image)
 
-    def _get_pages(self, sequence: Sequence, count: int, runs: Seq[Run] | None) -> bool:
-        """Give a sequence the pages its next `count` tokens need; whether it could be done."""
-        end = sequence.num_computed_tokens + count
+    def _get_pages(self, sequence: Sequence, end: int, runs: Seq[Run] | None) -> bool:
+        """Give a sequence pages for its first `end` tokens, as far as it can have so many; whether it
+        could be done."""
         if end > PAGE_TOKENS * len(sequence.block_ids):
-            needed = pages_for(end) - len(sequence.block_ids)
-            if not self._make_room(sequence, needed, runs):
-                return False
-            sequence.block_ids.extend(self.cache.pages.allocate(needed))
+            needed = pages_for(min(end, sequence.total)) - len(sequence.block_ids)
+            if needed > 0:
+                if not self._make_room(sequence, needed, runs):
+                    return False
+                sequence.block_ids.extend(self.cache.pages.allocate(needed))
+                self._extended.append(sequence)
         return True
 
     def _make_room(self, sequence: Sequence, needed: int, runs: Seq[Run] | None) -> bool:
-        """Preempt running sequences of larger rank until `needed` pages are there; whether they are."""
+        """Preempt running sequences of larger rank until `needed` pages are there; whether they are.
+        `_Unknown` if there is somebody in flight, who could end by it."""
+        if needed <= self.cache.pages.num_available:
+            return True
+        if runs is not None and any(s.flight for s in self.running):
+            raise _Unknown
         keep = {run.sequence.arrival for run in runs or ()}
         while needed > self.cache.pages.num_available:
             others = () if runs is None else (s for s in self.running if s.arrival not in keep)
@@ -257,6 +300,18 @@ class Scheduler:
                 return False
             self._preempt(victim)
         return True
+
+    def _age(self) -> None:
+        """Put the sequence that has waited longest before all others, once every `AGEING` starts."""
+        if self._starts < AGEING or not self.num_waiting:
+            return
+        self._starts = 0
+        oldest = min(self.waiting(), key=attrgetter("arrival"))
+        if oldest.rank > self._waiting[0][0]:
+            self._waiting.remove((oldest.rank, oldest))
+            oldest.rank = 0, 0, oldest.arrival
+            self._waiting.append((oldest.rank, oldest))
+            heapq.heapify(self._waiting)
 
     def _can_start(self, budget: int) -> bool:
         while self._waiting and self._waiting[0][1].arrival in self._gone:
@@ -281,6 +336,7 @@ class Scheduler:
             self.cache.pages.release(pages)
             return None
         heapq.heappop(self._waiting)
+        self._starts += 1
         position = image.position if image else 0
         missing = pages_for(position) - len(pages)
         sequence.block_ids = array("q", (*pages, *self.cache.pages.allocate(missing)))
@@ -292,7 +348,7 @@ class Scheduler:
             self._publish(sequence)
         else:
             sequence.chain = []
-            self.commit(sequence)
+            self._commit(sequence)
         return sequence, image, carry
 
     def _look_up(self, sequence: Sequence) -> tuple[StateImage | None, tuple[int, ...], int]:
@@ -347,6 +403,11 @@ class Scheduler:
             sequence.saved = None
 
 
+class _Unknown(Exception):
+    """What is in flight must be known first."""
+
+
 def _lacking(sequence: Sequence) -> int:
     """Pages that a sequence does not have yet for all its tokens and one more."""
-    return max(pages_for(len(sequence.token_ids) + 1) - len(sequence.block_ids), 0)
+    most = min(sequence.most_tokens + 1, sequence.total)
+    return max(pages_for(most) - len(sequence.block_ids), 0)

@@ -10,8 +10,27 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from fourfold.cache.image import StateImage
-from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.request import FinishReason, Request, TokenLogprobs
+from fourfold.engine.masks import TokenMask
+
+
+# Not frozen: one is made for every sequence in every step, and freezing would triple what it costs.
+@dataclass(slots=True, eq=False)
+class Run:
+    """The next `count` tokens of a sequence, the last of them `num_drafts` drafts to verify.
+
+    `begin` is the first one's position: exact for tokens the host knows, and for a decode behind a run
+    in flight the least it can be. `samples` says that the run reaches the end of what is known, so
+    that tokens are sampled; `keep_image` that the state after it is worth an image.
+    """
+
+    sequence: Sequence
+    begin: int
+    count: int
+    samples: bool
+    num_drafts: int = 0
+    decodes: bool = False  # its tokens are the last one sampled, and drafts
+    keep_image: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -19,8 +38,8 @@ class Sequence:
     """A prompt and what was generated from it so far.
 
     The first `num_computed_tokens` of `token_ids` are in the state; of a decoding sequence that is
-    all but the last. `drafts` are guesses at the tokens after it. `max_tokens` is resolved. Sequences
-    of smaller `rank` run first.
+    all but the last. `drafts` are guesses at the tokens after it. While a run is in `flight`, all of
+    this is as it was before that run. `max_tokens` is resolved. Sequences of smaller `rank` run first.
     """
 
     request: Request
@@ -31,8 +50,11 @@ class Sequence:
     stop_ids: tuple[int, ...]  # tokens that end it
     root: bytes  # of its hash chain
     token_ids: list[int]
+    mask: TokenMask | None = None
     num_computed_tokens: int = 0
     drafts: Seq[int] = ()
+    flight: Run | None = None  # launched, and its result not known yet
+    over: bool = False  # ended or aborted: results still in flight are nobody's
     # where its state is
     block_ids: array[int] = field(default_factory=lambda: array("q"))
     chain: list[bytes] = field(default_factory=list)  # hashes of its committed full pages
@@ -45,14 +67,14 @@ class Sequence:
     cache_miss: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     reported: bool = False  # an output was sent
+    rank: tuple[int, int, int] = field(init=False)  # 0 if it has waited too long, priority, arrival
     # what never changes
-    rank: tuple[int, int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     changes_logits: bool = field(init=False)  # by penalties, biases, or barred tokens
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.rank = self.request.priority, self.arrival
+        self.rank = 1, self.request.priority, self.arrival
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
         self.changes_logits = bool(params.has_penalties or params.logit_bias or params.min_tokens)
 
@@ -61,18 +83,39 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether all known tokens but the last are in the state."""
-        last = len(self.token_ids) - 1
-        return self.num_computed_tokens == last and last >= self.num_prompt_tokens
+    def needs_tokens(self) -> bool:
+        """Whether the host must know all tokens so far before it can have the next one sampled."""
+        params = self.request.params
+        return (
+            self.mask is not None
+            or params.has_penalties
+            or self.num_output_tokens < params.min_tokens
+        )
 
-    def until_end(self, token_ids: Seq[int]) -> tuple[int, ...]:
-        """The tokens it takes of those sampled: none after a stop token or beyond max_tokens."""
-        room = self.max_tokens - self.num_output_tokens
-        for count, token in enumerate(token_ids, 1):
-            if count == room or token in self.stop_ids:
-                return tuple(token_ids[:count])
-        return tuple(token_ids)
+    @property
+    def most_tokens(self) -> int:
+        """Tokens it has, or may have once the run in flight is known."""
+        flight = self.flight
+        return len(self.token_ids) + (1 + flight.num_drafts if flight and flight.samples else 0)
+
+    @property
+    def total(self) -> int:
+        """Tokens it can ever have."""
+        return self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def next_begin(self) -> int:
+        """Where its next run begins, or the least that can be."""
+        flight = self.flight
+        return self.num_computed_tokens + (flight.count - flight.num_drafts if flight else 0)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all known tokens but the last are in the state, or will be after the run in flight."""
+        if self.flight and self.flight.samples:
+            return True
+        last = len(self.token_ids) - 1
+        return self.next_begin == last and last >= self.num_prompt_tokens
 
     def advance(self, standing: int, sampled: Seq[int], drafts: Seq[int]) -> FinishReason | None:
         """Take a run's result: `standing` more tokens are in the state, `sampled` are known now, and
@@ -83,6 +126,8 @@ class Sequence:
             return None
         self.fold_version = len(sampled) - 1
         self.token_ids += sampled
+        if self.mask is not None:
+            self.mask.commit(sampled)
         room = self.max_tokens - len(self.token_ids) + self.num_prompt_tokens
         # The token after the last one is sampled anyway.
         self.drafts = drafts[: max(room - 1, 0)] if drafts else ()
@@ -96,14 +141,9 @@ class Sequence:
         Those the request names, multiples of `interval`, and the last position from which the prompt
         can be resumed, one before its end.
         """
-        computed, last = self.num_computed_tokens, self.num_prompt_tokens - 1
+        computed, last = self.next_begin, self.num_prompt_tokens - 1
         wanted = [p for p in (*self.request.image_positions, last) if computed < p <= last]
         regular = (computed // interval + 1) * interval
         if regular <= last:
             wanted.append(regular)
         return min(wanted, default=None)
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold `tokens` source tokens."""
-    return -(-tokens // PAGE_TOKENS)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
 from fourfold.core.device import detect
+from fourfold.core.tensor import dtype_name
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import load_model
 from fourfold.weights.locate import ModelLocation, locate
@@ -43,7 +44,7 @@ def engine_info(engine: Engine, location: ModelLocation) -> EngineInfo:
         model=location.name,
         revision=location.revision,
         device=loaded.device.name,
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=dtype_name(loaded.dtype),
         max_model_len=engine.capacity.max_model_len,
         max_num_seqs=engine.config.max_num_seqs,
         vocab_size=loaded.config.vocab_size,

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from fourfold.core.errors import ConfigError, RequestError
 from fourfold.core.request import SamplingParams
-from fourfold.text.chat import ChatOptions, encode_chat
+from fourfold.text.chat import ChatOptions, encode_chat, read_switches
 from fourfold.text.profiles import ChatProfile
 from fourfold.text.tokenizer import Tokenizer
 from fourfold.weights.locate import locate
@@ -23,7 +23,6 @@ from fourfold.weights.locate import locate
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
-_CHAT_KEYS = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking")
 _MAX_DRAFTS = 3
 
 
@@ -109,15 +108,11 @@ def encode_conversation(
 ) -> Encoded:
     """A conversation's tokens. A state image is wanted before the `<think>` or `</think>` at its end:
     the next turn may begin with the other one there. Raises `RequestError`."""
-    more = dict(chat_template_kwargs or {})
-    unknown = set(more) - set(_CHAT_KEYS)
-    if unknown:
-        raise RequestError(
-            f"chat_template_kwargs has no {', '.join(sorted(map(repr, unknown)))}; there are "
-            f"{', '.join(_CHAT_KEYS)}"
-        )
     options = ChatOptions(
-        profile, tools=tools, continue_final_message=continue_final_message, **more
+        profile,
+        tools=tools,
+        continue_final_message=continue_final_message,
+        **read_switches(chat_template_kwargs),
     )
     prompt = encode_chat(messages, options)
     tokens = prompt.tokenize(tokenizer)

@@ -1,7 +1,7 @@
 """What an offline request gives back, and how it grows step by step.
 
-Contract: results have vLLM's names. Text is made and stop strings are found here, token by token, so
-that nothing depends on how many tokens a step brought. It does not know where steps come from.
+Contract: results have vLLM's names. It does not know where steps come from, nor how text is made of
+tokens (text/answer.py).
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from fourfold.core.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from fourfold.core.request import Request, SamplingParams, TokenLogprobs
 from fourfold.core.request import RequestOutput as Added
-from fourfold.text.detokenize import IncrementalDetokenizer
-from fourfold.text.stop import StopMatcher
+from fourfold.text.answer import Answer
+from fourfold.text.events import ContentDelta
+from fourfold.text.plain import PlainParser
 from fourfold.text.tokenizer import Tokenizer
 
 
@@ -94,23 +95,20 @@ class Decoder:
 
 
 class _Answer:
-    """One of a request's sequences as it grows."""
+    """One of a request's sequences as it grows: its text, ids and log probabilities so far."""
 
     def __init__(self, index: int, params: SamplingParams, decoder: Decoder):
         self.index, self._params, self._decoder = index, params, decoder
-        self._detokenizer = IncrementalDetokenizer(decoder.tokenizer)
-        self._stop = StopMatcher(params.stop)
+        parser = PlainParser(decoder.tokenizer, stop=params.stop, min_tokens=params.min_tokens)
+        self._answer = Answer(parser, params, decoder.eos_token_id)
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative = 0.0
-        self._reason: FinishReason | None = None
-        self._stop_reason: int | str | None = None
-        self._error: str | None = None
 
     @property
     def finished(self) -> bool:
-        return self._reason is not None
+        return self._answer.finished
 
     @property
     def num_tokens(self) -> int:
@@ -118,54 +116,26 @@ class _Answer:
 
     def take(self, added: Added) -> bool:
         """Take what a step added; whether a stop string ended what would go on in the engine."""
-        for position, token in enumerate(added.new_token_ids):
-            self._token_ids.append(token)
-            if added.logprobs:
-                at = added.logprobs[position]
-                self._logprobs.append(self._decoder.logprobs(at))
-                self._cumulative += at.logprob
-            last = position == len(added.new_token_ids) - 1
-            if last and added.finish_reason is FinishReason.STOP:
-                break  # a stop token is no part of the text
-            self._show(self._detokenizer.push(token))
-            if self._stop.matched is not None:
-                self._end_by_string()
-                return added.finish_reason is None
-        if added.finish_reason is not None:
-            self._finish(added)
-        return False
-
-    def _show(self, text: str) -> None:
-        # Before min_tokens nothing ends an answer.
-        early = len(self._token_ids) <= self._params.min_tokens
-        self._text += text if early else self._stop.push(text)
-
-    def _end_by_string(self) -> None:
-        self._reason, self._stop_reason = FinishReason.STOP, self._stop.matched
-
-    def _finish(self, added: Added) -> None:
-        self._show(self._detokenizer.finish())
-        if self._stop.matched is not None:
-            self._end_by_string()
-            return
-        self._text += self._stop.finish()
-        self._reason, self._error = added.finish_reason, added.error
-        # Told apart from the token that ends every answer only if it was asked for.
-        token = added.stop_reason
-        named = token != self._decoder.eos_token_id or token in self._params.stop_token_ids
-        self._stop_reason = token if named else None
+        events = self._answer.take(added)
+        taken = self._answer.num_tokens - len(self._token_ids)
+        self._token_ids += added.new_token_ids[:taken]
+        for at in added.logprobs[:taken]:
+            self._logprobs.append(self._decoder.logprobs(at))
+            self._cumulative += at.logprob
+        self._text += "".join(e.text for e in events if isinstance(e, ContentDelta))
+        return self._answer.must_abort
 
     def result(self) -> CompletionOutput:
-        wanted = self._params.logprobs is not None
+        wanted, answer = self._params.logprobs is not None, self._answer
         return CompletionOutput(
             index=self.index,
             text=self._text,
             token_ids=list(self._token_ids),
             cumulative_logprob=self._cumulative if wanted else None,
             logprobs=list(self._logprobs) if wanted else None,
-            finish_reason=self._reason.value if self._reason else None,
-            stop_reason=self._stop_reason,
-            error=self._error,
+            finish_reason=answer.reason.value if answer.reason else None,
+            stop_reason=answer.stop_reason,
+            error=answer.error,
         )
 
 

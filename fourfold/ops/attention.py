@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fourfold.core.batch import ForwardBatch
-from fourfold.core.rows import RowFormat, RowKind, RowPages
-from fourfold.core.tensor import accumulate_dtype
+from fourfold.core.row_format import RowFormat, RowKind
+from fourfold.core.rows import RowPages
+from fourfold.core.tensor import accumulate_dtype, dtype_name
 from fourfold.ops.indexer import page_slots, paged_case
 from fourfold.ops.registry import Case, CaseMaker, Tolerance, op
 from fourfold.ops.rows import encode_rows, read_rows, store_rows
@@ -31,7 +32,7 @@ _TILE = 1 << 25  # scores held at once
 
 def _cases(make: CaseMaker) -> Iterator[Case]:
     for name, kind in (("plain", RowKind.PLAIN), ("fp8", RowKind.FP8_GROUPS)):
-        format = RowFormat(kind, 80, 16, make.dtype)
+        format = RowFormat(kind, 80, 16, dtype_name(make.dtype))
         for ratio in (0, 4, 128):
             batch, pages = paged_case(make, format, ratio or 4)
             ring = RowPages.zeros(format, 3, 24, make.device)

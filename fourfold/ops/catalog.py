@@ -14,7 +14,13 @@ from fourfold.ops.quantize import quantize_activations
 from fourfold.ops.registry import Op
 from fourfold.ops.rope import rotate
 from fourfold.ops.rows import encode_rows, norm_rope_rows, store_rows
-from fourfold.ops.sampling import adjust_logits, count_accepted, sample, token_logprobs
+from fourfold.ops.sampling import (
+    adjust_logits,
+    count_accepted,
+    sample,
+    token_logprobs,
+    uniform,
+)
 
 OPS: tuple[Op, ...] = (
     embed,
@@ -42,6 +48,7 @@ OPS: tuple[Op, ...] = (
     moe,
     nonfinite_sequences,
     adjust_logits,
+    uniform,
     sample,
     count_accepted,
     token_logprobs,

@@ -14,15 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fourfold.core.batch import (
-    ForwardBatch,
-    ScheduledBatch,
-    ScheduledSequence,
-    lower,
-    rows_per_page,
-)
-from fourfold.core.rows import RowFormat, RowKind, RowPages
-from fourfold.core.tensor import accumulate_dtype
+from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower
+from fourfold.core.row_format import RowFormat, RowKind, rows_per_page
+from fourfold.core.rows import RowPages
+from fourfold.core.tensor import accumulate_dtype, dtype_name
 from fourfold.ops.registry import Case, CaseMaker, op
 from fourfold.ops.rows import encode_rows, index_round, read_rows, store_rows
 
@@ -72,7 +67,7 @@ def paged_case(make: CaseMaker, format: RowFormat, ratio: int) -> tuple[ForwardB
 
 def _cases(make: CaseMaker) -> Iterator[Case]:
     formats = {
-        "plain": RowFormat(RowKind.PLAIN, 32, 8, make.dtype),
+        "plain": RowFormat(RowKind.PLAIN, 32, 8, dtype_name(make.dtype)),
         "fp8": RowFormat(RowKind.FP8_WHOLE, 32, 8),
     }
     for name, format in formats.items():

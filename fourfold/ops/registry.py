@@ -22,6 +22,7 @@ from torch import Tensor
 from fourfold.core.config import ModelConfig
 from fourfold.core.device import Device, Feature
 from fourfold.core.errors import KernelError
+from fourfold.core.tensor import Weight, dtype_name
 
 BODY = "body"
 
@@ -68,7 +69,7 @@ class Tolerance:
     float64: float = 1e-12
 
     def of(self, dtype: torch.dtype) -> float:
-        return float(getattr(self, str(dtype).removeprefix("torch.")))
+        return float(getattr(self, dtype_name(dtype)))
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Kernel:
     """Another body for op `op`, available where `needs` ⊆ the device's features.
 
     `dtypes` are the model dtypes it takes; `supports` says why a model's shapes do not suit it (None:
-    they do). Larger `priority` is tried
-    first; the body has priority 0.
+    they do). Larger `priority` is tried first; the body has priority 0. `prepare` gives a weight as
+    `run` wants it stored, changing it in place where it can; `run` takes other weights too.
     """
 
     op: str
@@ -131,6 +132,7 @@ class Kernel:
     priority: int = 10
     dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float32})
     supports: Callable[[ModelConfig], str | None] = field(default=lambda config: None)
+    prepare: Callable[[Weight], Weight] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,20 @@ class KernelPlan:
 
     def __init__(self, ops: Sequence[Op], chosen: Mapping[str, Kernel], choices: Iterable[Choice]):
         self.choices = tuple(choices)
+        self._prepare = {name: kernel.prepare for name, kernel in chosen.items() if kernel.prepare}
         self._run: dict[str, Callable[..., Any]] = {}
         for each in ops:
             kernel = chosen.get(each.name)
             run = kernel.run if kernel else each.body
             self._run[each.name] = self._bind(run) if each.composite else run
+
+    def prepare(self, op: str, weight: Weight) -> Weight:
+        """`weight` as the kernel chosen for `op` wants it stored: to be called once, when it is loaded.
+
+        What was passed may have been changed in place and is not to be used again.
+        """
+        change = self._prepare.get(op)
+        return change(weight) if change else weight
 
     def _bind(self, run: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: run(self, *args, **kwargs)

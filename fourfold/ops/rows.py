@@ -3,7 +3,7 @@
 Contract: `norm_rope_rows` and `encode_rows` are pure and make a one-page `RowPages` whose row i is
 token (or compressed row) i; `store_rows` is the one op that writes rows. Slot −1 is nowhere. What a
 row is encoded to, every reader sees: attention reads a chunk's own rows already rounded.
-Formats and page geometry: core/rows.py.
+Formats and page geometry: core/row_format.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fourfold.core.rows import FP8_GROUP, RowFormat, RowKind, RowPages
+from fourfold.core.row_format import FP8_GROUP, RowFormat, RowKind
+from fourfold.core.rows import RowPages, storage_dtype
+from fourfold.core.tensor import dtype_name
 from fourfold.ops.norm import rms_norm
 from fourfold.ops.quantize import (
     decode_e8m0,
@@ -29,7 +31,7 @@ from fourfold.ops.rope import rope_case, rotate
 
 def _formats(make: CaseMaker) -> dict[str, RowFormat]:
     return {
-        "plain": RowFormat(RowKind.PLAIN, 80, 16, make.dtype),
+        "plain": RowFormat(RowKind.PLAIN, 80, 16, dtype_name(make.dtype)),
         "fp8": RowFormat(RowKind.FP8_GROUPS, 80 + 16, 16),
         "ragged fp8": RowFormat(RowKind.FP8_GROUPS, 100, 16),
         "indexer fp8": RowFormat(RowKind.FP8_WHOLE, 64, 16),
@@ -58,7 +60,7 @@ def encode_rows(rows: Tensor, format: RowFormat) -> RowPages:
     last r in bfloat16; indexer FP8 rows code all dims under one 2^e.
     """
     if format.kind is RowKind.PLAIN:
-        return RowPages(rows.to(format.dtype).unsqueeze(0), format, rows.shape[0])
+        return RowPages(rows.to(storage_dtype(format)).unsqueeze(0), format, rows.shape[0])
     rounded = rows.to(torch.bfloat16)
     if format.kind is RowKind.FP8_WHOLE:
         codes, exponent = quantize_fp8_groups(rounded, format.dim)

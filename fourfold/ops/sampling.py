@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.ops.registry import Case, CaseMaker, op
+from fourfold.ops.registry import Case, CaseMaker, Tolerance, op
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,50 @@ def adjust_logits(
         value = torch.where(value > 0, value / a.repetition, value * a.repetition) + a.bias
         logits = logits.index_put((a.rows, a.tokens), value)
     return logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+
+
+SAMPLING = 0  # the only purpose today; others get numbers of their own at the same position
+
+_WEYL = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLY = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """z >> bits of the unsigned 64-bit number that int64 `z` stands for."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * _MULTIPLY[0]
+    z = (z ^ _shifted(z, 27)) * _MULTIPLY[1]
+    return z ^ _shifted(z, 31)
+
+
+def random_streams(seeds: Tensor, purpose: int = SAMPLING) -> Tensor:
+    """What `uniform` takes numbers from: `seeds [N]` are the 64 bits of unsigned numbers as int64."""
+    word = (purpose * _MULTIPLY[1] + (1 << 63)) % (1 << 64) - (1 << 63)
+    return _mix((seeds ^ word) + _WEYL)
+
+
+def _uniform_cases(make: CaseMaker) -> Iterator[Case]:
+    seeds = torch.tensor([0, 1, -1, 1 << 62, -(1 << 63), 7], device=make.device)
+    positions = torch.tensor([0, 0, 5, 1 << 20, 3, 7], device=make.device)
+    for purpose in (SAMPLING, 3):
+        inputs = {"streams": random_streams(seeds, purpose), "positions": positions}
+        yield Case(f"purpose {purpose}", inputs)
+
+
+@op(_uniform_cases, tolerance=Tolerance(float32=0.0), differentiable=False)
+def uniform(streams: Tensor, positions: Tensor) -> Tensor:
+    """Numbers in [0, 1), float64 `[N]`: functions of seed, purpose and absolute token position alone.
+
+    Counter-based, so that what a request samples cannot depend on its batch, on chunking, on
+    preemption, or on how many tokens were drafted: rounds of the SplitMix64 finaliser.
+    `streams [N]` are of `random_streams`, `positions [N]` int64.
+    """
+    # Multiplication wraps, and a product's low 64 bits do not depend on the sign of its factors.
+    state = _mix((streams ^ (positions * _MULTIPLY[1])) + _WEYL)
+    return _shifted(_mix(state), 11).double() * 2.0**-53
 
 
 def _cases(make: CaseMaker) -> Iterator[Case]:

@@ -39,6 +39,7 @@ _JSON_FORMAT = (
 _SCHEMA_TYPE = "json_schema"
 _PLAIN_TYPES = ("text", "regex")
 _OBJECT_TYPE = "json_object"
+_SWITCHES = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,21 @@ class ChatOptions:
     response_format: object = None
 
 
+def read_switches(kwargs: object, where: str = "chat_template_kwargs") -> dict[str, Any]:
+    """The options of a request that go by the names of template arguments; None is none. Raises
+    `RequestError` for any other name."""
+    given = checked_object({} if kwargs is None else kwargs, where)
+    unknown = sorted(repr(key) for key in given if key not in _SWITCHES)
+    if unknown:
+        raise RequestError(f"{where} has no {', '.join(unknown)}; there are {', '.join(_SWITCHES)}")
+    return dict(given)
+
+
 def encode_chat(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> EncodedPrompt:
     """The prompt of a conversation. Raises `RequestError` naming the message and field, or the
     option."""
+    if not isinstance(options.drop_thinking, bool):
+        refuse("drop_thinking", "a boolean", options.drop_thinking)
     turns = read_turns(messages, options.continue_final_message)
     thinking, effort = resolve_thinking(
         options.profile, options.thinking, options.enable_thinking, options.reasoning_effort

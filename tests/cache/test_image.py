@@ -14,10 +14,11 @@ from torch import Tensor
 from fourfold.cache.image import ImageError, Place, StateImage, capture, checksum, restore
 from fourfold.cache.pool import allocate
 from fourfold.cache.rows import RowFormats, ring_rows, row_formats
-from fourfold.core.batch import PAGE_TOKENS
 from fourfold.core.config import ModelConfig
+from fourfold.core.row_format import PAGE_TOKENS, pages_for
 from fourfold.core.rows import RowPages
 from fourfold.core.state import LayerState, ModelState
+from fourfold.core.tensor import dtype_name, named_dtype
 from tests.support import CPU, small_config
 
 pytestmark = pytest.mark.full
@@ -43,8 +44,8 @@ class Memory:
     @staticmethod
     def of(name: str, drafts: int = 0, seed: int = 0, **changes: Any) -> Memory:
         config = small_config(sliding_window=WINDOW, **changes)
-        dtype = torch.bfloat16 if name == "fp8" else getattr(torch, name)
-        formats = row_formats(config, dtype, name, name)
+        dtype = named_dtype("bfloat16" if name == "fp8" else name)
+        formats = row_formats(config, dtype_name(dtype), name, name)
         state = allocate(config, formats, PAGES, SLOTS, dtype, CPU, drafts)
         generator = torch.Generator().manual_seed(seed)
         for tensor in tensors(state):
@@ -132,22 +133,19 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     )
 
 
-def pages_of(position: int) -> int:
-    return -(-position // PAGE_TOKENS)
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_restored_is_captured_bit_for_bit(name: str) -> None:
     """Carried pages and all, into another memory, slot and fold version; nothing else changes."""
     source, target = Memory.of(name, drafts=3, seed=1), Memory.of(name, drafts=3, seed=2)
     pages = [4, 0, 7, 2]
     for position in POSITIONS:
-        count = pages_of(position)
+        count = pages_for(position)
         here = source.place(1, 2, pages[:count], carry=count)
         there = target.place(2, 0, [8, 3, 5, 1][:count], carry=count)
         before = target.outside(there)
         image = capture(source.state, here, position, source.streams(position))
-        streams = restore(target.state, there, image)
+        streams = target.streams(99)
+        restore(target.state, there, image, streams)
         assert torch.equal(streams, source.streams(position))
         assert equal(target.seen(there, position), source.seen(here, position)), position
         assert equal(target.outside(there), before), position
@@ -163,11 +161,11 @@ def test_an_image_does_not_depend_on_the_rings_length(
 ) -> None:
     source, target = Memory.of(name, from_drafts, seed=1), Memory.of(name, to_drafts, seed=2)
     for position in POSITIONS:
-        count = pages_of(position)
+        count = pages_for(position)
         here = source.place(0, from_drafts, [5, 1, 8, 0][:count], carry=count)
         there = target.place(1, to_drafts, [2, 3, 4, 6][:count], carry=count)
         image = capture(source.state, here, position, source.streams(0))
-        restore(target.state, there, image)
+        restore(target.state, there, image, target.streams(99))
         assert equal(target.seen(there, position), source.seen(here, position)), position
 
 
@@ -177,18 +175,18 @@ def test_a_shared_prefix_needs_only_the_open_pages_rows(name: str) -> None:
     page, so that two sequences that go on from there do not meet."""
     memory = Memory.of(name, seed=3)
     for position in POSITIONS:
-        count, full = pages_of(position), position // PAGE_TOKENS
+        count, full = pages_for(position), position // PAGE_TOKENS
         here = memory.place(0, 0, [4, 0, 7, 2][:count])
         shared = [*here.block_ids[:full], *[8] * (count - full)]
         there = memory.place(1, 0, shared)
         other = memory.place(2, 0, shared)
         image = capture(memory.state, here, position, memory.streams(1))
         original, before = memory.seen(here, position), memory.outside(there)
-        restore(memory.state, there, image)
+        restore(memory.state, there, image, memory.streams(99))
         assert equal(memory.seen(there, position), original), position
         assert equal(memory.seen(here, position), original), position
         assert equal(memory.outside(there), before), position
-        restore(memory.state, replace(other, block_ids=shared), image)
+        restore(memory.state, replace(other, block_ids=shared), image, memory.streams(99))
         assert equal(memory.seen(other, position), original), position
 
 
@@ -199,7 +197,7 @@ def test_an_image_outlives_the_memory_it_was_taken_from() -> None:
     original = memory.seen(here, 300)
     for tensor in tensors(memory.state):
         tensor.view(torch.uint8).fill_(77)
-    restore(memory.state, here, image.to(torch.device("cpu")))
+    restore(memory.state, here, image.to(torch.device("cpu")), memory.streams(99))
     assert equal(memory.seen(here, 300), original)
 
 
@@ -209,12 +207,19 @@ def captured(name: str = "fp8") -> tuple[Memory, Place, StateImage]:
     return memory, place, capture(memory.state, place, 301, memory.streams(2))
 
 
-def refused(memory: Memory, place: Place, image: StateImage, message: str) -> None:
+def refused(
+    memory: Memory,
+    place: Place,
+    image: StateImage,
+    message: str,
+    streams: Tensor | None = None,
+) -> None:
     """The image is refused, and nothing of it was written."""
-    before = [tensor.clone() for tensor in tensors(memory.state)]
+    streams = memory.streams(99) if streams is None else streams
+    before = [tensor.clone() for tensor in (*tensors(memory.state), streams)]
     with pytest.raises(ImageError, match=message):
-        restore(memory.state, place, image)
-    assert equal([*tensors(memory.state)], before)
+        restore(memory.state, place, image, streams)
+    assert equal([*tensors(memory.state), streams], before)
 
 
 def flipped(image: StateImage, tensor: int, byte: int, bits: int) -> StateImage:
@@ -303,3 +308,14 @@ def test_an_image_of_another_geometry_is_refused(
 def test_an_image_of_another_window_is_refused() -> None:
     memory, place, image = captured()
     refused(memory, replace(place, window=WINDOW - 1), image, "holds")
+
+
+def test_an_image_of_other_streams_is_refused() -> None:
+    """Streams of another width, number or dtype would broadcast or round in silence."""
+    memory, place, image = captured()
+    count, width = memory.config.hc_mult, memory.config.hidden_size
+    for shape in ((count, width + 8), (count + 1, width), (width,), (count, 1)):
+        wrong = torch.zeros(shape)
+        refused(memory, place, image, r"holds \[4, 64\] torch.float32 where", streams=wrong)
+    wrong = torch.zeros(count, width, dtype=torch.bfloat16)
+    refused(memory, place, image, r"where this model has \[4, 64\] torch.bfloat16", streams=wrong)

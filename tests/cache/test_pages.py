@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fourfold.cache.blocks import IdPool
 from fourfold.cache.pages import PagePool, chain_at, chain_next, chain_root
-from fourfold.core.batch import PAGE_TOKENS
+from fourfold.core.row_format import PAGE_TOKENS
 
 
 def digest(number: int) -> bytes:

@@ -10,7 +10,7 @@ import torch
 
 from fourfold.cache.pages import chain_at, chain_root
 from fourfold.cache.prefix import Hit, PrefixCache
-from fourfold.core.batch import PAGE_TOKENS as P
+from fourfold.core.row_format import PAGE_TOKENS as P
 
 ROOT = chain_root("model", None)
 TOKENS = [n % 97 for n in range(5 * P)]

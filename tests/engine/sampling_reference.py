@@ -8,9 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 from fourfold.core.request import SamplingParams
-from fourfold.engine.randomness import uniform
 
 Row = npt.NDArray[np.float64]
+_WORD = 2**64
+
+
+def uniform(seed: int, position: int, purpose: int = 0) -> float:
+    """The random number of a position, in Python's integers."""
+
+    def mix(z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % _WORD
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % _WORD
+        return z ^ z >> 31
+
+    state = seed
+    for word in (purpose, position):
+        state = mix(((state ^ word * 0x94D049BB133111EB % _WORD) + 0x9E3779B97F4A7C15) % _WORD)
+    return (mix(state) >> 11) * 2.0**-53
 
 
 def adjusted(
@@ -93,5 +107,5 @@ def next_token(
     allowed: Collection[int] | None = None,
 ) -> int:
     """What must be sampled after `prompt` and `output`."""
-    number = float(uniform([seed], [len(prompt) + len(output)])[0])
+    number = uniform(seed, len(prompt) + len(output))
     return pick(adjusted(logits, params, prompt, output, stop_ids, allowed), params, number)

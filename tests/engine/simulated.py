@@ -2,7 +2,8 @@
 
 Contract: pages hold the tokens written to them, a slot holds a fingerprint of all tokens before its
 position, images copy both. So whatever the scheduler gets wrong about who owns what, and when, shows as
-wrong tokens; what it may not do at any time is checked after every step.
+wrong tokens; what it may not do at any time is checked after every step. Where steps overlap, one is
+scheduled before what the last one brought is told, and carried out by what the device alone knows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from fourfold.cache.pages import chain_root
 from fourfold.cache.prefix import PrefixCache
 from fourfold.core.errors import CapacityError
 from fourfold.core.request import Request, SamplingParams
-from fourfold.engine.scheduler import Limits, Restoring, Run, Saving, Scheduler, Step
-from fourfold.engine.sequence import Sequence
+from fourfold.engine.scheduler import Limits, Restoring, Saving, Scheduler, Step
+from fourfold.engine.sequence import Run, Sequence
 
 STOP = 0
 ALPHABET = 5
@@ -63,6 +64,33 @@ class FakeImage:
 
 
 @dataclass
+class OnDevice:
+    """What the device knows of a sequence before the host does."""
+
+    tokens: list[int]
+    computed: int
+    drafts: list[int]
+    versions: list[int]  # states, by accepted drafts
+    version: int = 0
+    alive: bool = True
+
+    @property
+    def state(self) -> int:
+        return self.versions[self.version]
+
+
+@dataclass
+class Launched:
+    """A run that was carried out, and what it brings."""
+
+    run: Run
+    standing: int = 0
+    sampled: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = ()
+    image: FakeImage | None = None
+
+
+@dataclass
 class Setting:
     """One random world."""
 
@@ -72,6 +100,7 @@ class Setting:
     host_images: int
     caching: bool
     longest_prompt: int
+    overlap: bool = False
 
     @staticmethod
     def random(rng: random.Random) -> Setting:
@@ -94,6 +123,7 @@ class Setting:
             host_images=rng.choice([0, 4, 50]) * IMAGE_BYTES,
             caching=rng.random() < 0.85,
             longest_prompt=longest // 2,
+            overlap=rng.random() < 0.7,
         )
 
 
@@ -107,8 +137,11 @@ class World:
     scheduler: Scheduler = field(init=False)
     live: dict[int, Sequence] = field(default_factory=dict)
     pages: list[list[int]] = field(init=False)  # contents, garbage included
-    slots: dict[int, list[int]] = field(default_factory=dict)  # states by version
-    waited: Counter[int] = field(default_factory=Counter)  # steps without a run, by arrival
+    slots: dict[int, OnDevice] = field(default_factory=dict)
+    flying: list[Launched] = field(default_factory=list)
+    waited: Counter[int] = field(
+        default_factory=Counter
+    )  # steps without a run, of the first by rank
     counts: Counter[str] = field(default_factory=Counter)
     started_at: dict[int, int] = field(default_factory=dict)
     trace: list[Any] = field(default_factory=list)
@@ -182,28 +215,44 @@ class World:
             self._forget(victim)
 
     def step(self) -> None:
-        """One step: schedule, carry out, commit, and check."""
+        """One step: schedule, carry out, commit this one or the one before, and check."""
         scheduler = self.scheduler
         before = {s.arrival for s in scheduler.waiting()}
         has_work, preemptions = scheduler.has_work, scheduler.num_preemptions
         step = scheduler.schedule()
+        if step is None:
+            assert self.flying, "nothing is in flight that could be waited for"
+            self._commit()
+            self.counts["waited for results"] += 1
+            has_work = scheduler.has_work
+            step = scheduler.schedule()
+            assert step is not None
         self.counts["preempted"] += scheduler.num_preemptions - preemptions
-        assert bool(step.runs) == has_work, "nothing runs although there is work"
+        assert bool(step.runs) == has_work or self.flying, "nothing runs although there is work"
         self._check_step(step, before)
         for saving in step.savings:
             scheduler.saved(saving.sequence, self._save(saving))  # type: ignore[arg-type]
             self.counts["saved"] += 1
+        for s in step.started:
+            begin = s.num_computed_tokens
+            self.slots[s.state_slot] = OnDevice([*s.token_ids], begin, [*s.drafts], [empty(s)])
         for restoring in step.restorings:
             self._restore(restoring)
-        for run in step.runs:
-            self._carry_out(run)
+        launched = [self._carry_out(run) for run in step.runs]
+        self.counts["launched ahead"] += sum(
+            any(run.sequence is each.run.sequence for each in self.flying) for run in step.runs
+        )
+        self._commit()
+        self.flying = launched
+        if not self.setting.overlap:
+            self._commit()
         self._check()
         self.counts["steps"] += 1
 
     def drain(self) -> None:
         """Run until nothing is left; everything must be free then."""
         for _ in range(20_000):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.flying:
                 break
             self.step()
         cache = self.scheduler.cache
@@ -229,23 +278,21 @@ class World:
             return None  # no host memory after all
         s = saving.sequence
         contents = tuple(tuple(self.pages[page]) for page in saving.block_ids)
-        state = self.slots[saving.state_slot][saving.fold_version]
+        state = self.slots[saving.state_slot].versions[saving.fold_version]
         image = FakeImage(s.num_computed_tokens, state, (), contents)
         self._check_image(image, s)
         return image
 
-    def _image(self, s: Sequence) -> FakeImage:
-        rest = s.num_computed_tokens % self.page
-        rows = self.pages[s.block_ids[s.num_computed_tokens // self.page]][:rest] if rest else []
-        return FakeImage(
-            s.num_computed_tokens, self.slots[s.state_slot][s.fold_version], tuple(rows)
-        )
+    def _image(self, s: Sequence, position: int, state: int) -> FakeImage:
+        rest = position % self.page
+        rows = self.pages[s.block_ids[position // self.page]][:rest] if rest else []
+        return FakeImage(position, state, tuple(rows))
 
     def _restore(self, restoring: Restoring) -> None:
         s, image = restoring.sequence, restoring.image
         assert isinstance(image, FakeImage)
         self._check_image(image, s)
-        self.slots[s.state_slot] = [image.state]
+        self.slots[s.state_slot].versions = [image.state]
         for page, content in zip(s.block_ids, image.pages, strict=False):
             self._write(page, 0, content)
         if image.rows:
@@ -260,51 +307,77 @@ class World:
         assert pool.references(page) == 1, "a shared page was written to"
         self.pages[page][offset : offset + len(tokens)] = tokens
 
-    def _carry_out(self, run: Run) -> None:
-        s, computed = run.sequence, run.sequence.num_computed_tokens
-        known = s.token_ids[computed : computed + run.count - len(run.drafts)]
-        assert len(known) + len(run.drafts) == run.count
+    def _carry_out(self, run: Run) -> Launched:
+        """On the device, by what it knows; the sequence is left as it is."""
+        s, device = run.sequence, self.slots[run.sequence.state_slot]
+        if not device.alive:
+            self.counts["ran on after its end"] += 1
+            return Launched(run)
+        computed = device.computed
+        ahead = s.flight is not run or any(each.run.sequence is s for each in self.flying)
+        assert run.begin == computed or (ahead and run.begin < computed)
+        drafts = device.drafts[: run.num_drafts]
+        known = device.tokens[computed : computed + run.count - run.num_drafts]
+        assert len(known) + len(drafts) == run.count
         held = [t for page in s.block_ids for t in self.pages[page]]
-        assert held[:computed] == s.token_ids[:computed], "pages do not hold the sequence's tokens"
-        state = empty(s)
-        if computed:
-            state = self.slots[s.state_slot][s.fold_version]
-            assert state == state_at(s, computed), "the slot holds another state"
-        for offset, token in enumerate([*known, *run.drafts], computed):
-            self._write(s.block_ids[offset // self.page], offset % self.page, [token])
-        versions = [fold(state, known)]
-        for draft in run.drafts:
+        assert held[:computed] == device.tokens[:computed], "pages do not hold its tokens"
+        expected = fold(empty(s), device.tokens[:computed])
+        assert device.state == expected, "the slot holds another state"
+        for offset, token in enumerate([*known, *drafts], computed):
+            if offset < s.total:  # further ones can never stand
+                self._write(s.block_ids[offset // self.page], offset % self.page, [token])
+        versions = [fold(device.state, known)]
+        for draft in drafts:
             versions.append(fold(versions[-1], [draft]))
-        self.slots[s.state_slot] = versions
-        self._commit(run)
+        sampled = self._sample(run, device, drafts) if run.samples else ()
+        device.versions, device.version = versions, max(len(sampled) - 1, 0)
+        standing = len(known) + max(len(sampled) - 1, 0)
+        device.computed += standing
+        device.tokens += sampled
+        if sampled:
+            device.drafts = self._tokens(self.setting.limits.num_drafts)
+            device.alive = STOP not in sampled and len(device.tokens) < s.total
+        image = None
+        if run.keep_image:
+            image = self._image(s, run.begin + run.count, device.state)
+        return Launched(run, standing, sampled, tuple(device.drafts if sampled else ()), image)
 
-    def _commit(self, run: Run) -> None:
+    def _commit(self) -> None:
         """As the engine does it."""
-        s, sampled = run.sequence, self._sample(run) if run.samples else ()
-        gone = len(run.drafts) + 1 - len(sampled) if sampled else 0
-        drafts = self._tokens(self.setting.limits.num_drafts) if sampled else []
-        reason = s.advance(run.count - gone, sampled, drafts)
-        self.scheduler.commit(s)
-        self.trace.append((s.arrival, run.count, sampled))
-        if (run.keep_image or reason) and self.scheduler.cache.enabled:
-            self.scheduler.keep_image(s, self._image(s))  # type: ignore[arg-type]
-        if sampled and not s.reported:
-            s.reported = True
-            self._check_report(s)
-        if reason:
-            self.scheduler.finish(s)
-            self._forget(s)
-            self.counts["finished"] += 1
-            if len(s.token_ids) < self.setting.longest_prompt:
-                self.past.append(s.token_ids)
+        flying, self.flying = self.flying, []
+        for each in flying:
+            s = each.run.sequence
+            if s.over:
+                continue
+            assert each.standing, "a result of nothing reached a sequence"
+            reason = s.advance(each.standing, each.sampled, each.drafts)
+            self.scheduler.settled(each.run)
+            self.trace.append((s.arrival, each.run.count, each.sampled))
+            image = each.image
+            if reason:
+                state = self.slots[s.state_slot].versions[s.fold_version]
+                image = self._image(s, s.num_computed_tokens, state)
+                self._check_image(image, s)
+            if image and self.scheduler.cache.enabled:
+                self.scheduler.keep_image(s, image)  # type: ignore[arg-type]
+            if each.sampled and not s.reported:
+                s.reported = True
+                self._check_report(s)
+            if reason:
+                self.scheduler.finish(s)
+                self._forget(s)
+                self.counts["finished"] += 1
+                if len(s.token_ids) < self.setting.longest_prompt:
+                    self.past.append(s.token_ids)
 
-    def _sample(self, run: Run) -> tuple[int, ...]:
-        right = self.rng.randint(0, len(run.drafts))
-        wrong = {run.drafts[right]} if right < len(run.drafts) else set()
+    def _sample(self, run: Run, device: OnDevice, drafts: list[int]) -> tuple[int, ...]:
+        right = self.rng.randint(0, len(drafts))
+        wrong = {drafts[right]} if right < len(drafts) else set()
         ends = self.rng.random() < self.ends
         new = STOP if ends else self.rng.choice([t for t in range(1, ALPHABET) if t not in wrong])
-        self.counts[f"accepted {right} of {len(run.drafts)}"] += 1
-        return run.sequence.until_end([*run.drafts[:right], new])
+        self.counts[f"accepted {right} of {len(drafts)}"] += 1
+        room = run.sequence.total - len(device.tokens)
+        return tuple([*drafts[:right], new][:room])
 
     def _check_report(self, s: Sequence) -> None:
         """What the client is told about the cache is what happened."""
@@ -340,11 +413,14 @@ class World:
             s = run.sequence
             assert run.count > 0
             assert s.state_slot >= 0
-            assert len(s.block_ids) * self.page >= s.num_computed_tokens + run.count
-            assert len(run.drafts) <= limits.num_drafts
-            assert run.samples == (
-                s.num_computed_tokens + run.count - len(run.drafts) == len(s.token_ids)
-            )
+            assert s.flight is run
+            assert run.num_drafts <= limits.num_drafts
+            end = min(run.begin + run.count, s.total)
+            assert len(s.block_ids) * self.page >= end
+            if not any(each.run.sequence is s for each in self.flying):
+                known = run.begin + run.count - run.num_drafts
+                assert run.begin == s.num_computed_tokens
+                assert run.samples == (known == len(s.token_ids))
         idle = [s.rank for s in scheduler.running if s.arrival not in ran]
         for s in scheduler.waiting():
             if s.arrival not in waiting_before:
@@ -353,13 +429,10 @@ class World:
 
     def _check_waiting(self, ran: set[int]) -> None:
         """Nobody of first rank waits for ever; the others wait for it."""
-        for arrival in self.live:
-            self.waited[arrival] = 0 if arrival in ran else self.waited[arrival] + 1
         if self.live:
-            first = min(self.live.values(), key=lambda s: s.rank)
-            self.counts["longest wait"] = max(
-                self.counts["longest wait"], self.waited[first.arrival]
-            )
+            first = min(self.live.values(), key=lambda s: s.rank).arrival
+            self.waited = Counter({first: 0 if first in ran else self.waited[first] + 1})
+            self.counts["longest wait"] = max(self.counts["longest wait"], self.waited[first])
 
     def _check(self) -> None:
         """After every step."""

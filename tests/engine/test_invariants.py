@@ -1,4 +1,5 @@
-"""What a request gets never depends on how it was run: hits, preemption, drafts, neighbours, chunks.
+"""What a request gets never depends on how it was run: hits, preemption, drafts, neighbours, chunks,
+one step after the other or overlapped.
 
 In float64 with plain rows, so that a difference is a fault and not a rounding flip: tokens are equal and
 log probabilities agree within 1e-9.
@@ -20,13 +21,14 @@ from fourfold.core.device import detect
 from fourfold.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel, load_model
-from fourfold.engine.runner import Runner
 from fourfold.weights.locate import locate
+from tests.engine.planting import plant
 from tests.support import prompts, write_small
 
 pytestmark = pytest.mark.full
 
 Tokens = list[int]
+BOTH = pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
 PARAMS = SamplingParams(
     max_tokens=14, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True, logprobs=0
 )
@@ -48,8 +50,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(locate(config.model), config, detect("cpu"))
 
 
-def start(loaded: LoadedModel, cache: dict[str, Any] | None = None, **changes: Any) -> Engine:
-    settings_ = {"max_num_seqs": 4, "max_model_len": 900, **changes}
+def start(
+    loaded: LoadedModel, cache: dict[str, Any] | None = None, overlap: bool = False, **changes: Any
+) -> Engine:
+    settings_ = {"max_num_seqs": 4, "max_model_len": 900, "async_scheduling": overlap, **changes}
     config = EngineConfig(
         model="m", dtype="float64", cache=CacheConfig(**(cache or {})), **settings_
     )
@@ -121,6 +125,7 @@ def requests(lengths: Sequence[int], seed: int = 1) -> list[tuple[Tokens, Sampli
     budget=st.integers(5, 400),
     seats=st.integers(1, 4),
     drafts=st.integers(0, 3),
+    overlap=st.booleans(),
     data=st.randoms(use_true_random=False),
 )
 def test_any_schedule_equals_alone(
@@ -129,6 +134,7 @@ def test_any_schedule_equals_alone(
     budget: int,
     seats: int,
     drafts: int,
+    overlap: bool,
     data: random.Random,
 ) -> None:
     """Batched = alone, chunked = one-shot, drafted = not, with aborted neighbours in between."""
@@ -146,35 +152,33 @@ def test_any_schedule_equals_alone(
         max_num_seqs=seats,
         max_num_batched_tokens=budget,
         num_speculative_tokens=drafts,
+        overlap=overlap,
     )
     budgeted = 30 * len(work)
     got = collect(engine, work, lambda e, s: disturb(e, s) if s < budgeted else None)
     assert all(a.same(b) for a, b in zip(got, expected, strict=True))
 
 
+@BOTH
 @pytest.mark.parametrize("drafts", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 3, 20, 24, 118, 126, 250])
 def test_drafts_change_nothing_for_every_number_accepted(
-    loaded: LoadedModel, drafts: int, length: int, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, drafts: int, length: int, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted drafts, right for 0 … k tokens in turn, across window, row and page boundaries."""
     tokens = prompts(192, (length,), length)[0]
     params = replace(PARAMS, max_tokens=40, seed=length)
     expected = collect(start(loaded), [(tokens, params)])[0]
     whole = [*tokens, *expected.tokens]
-    original, turn, seen = Runner._draft, iter(range(10_000)), set()
+    turn, seen = iter(range(10_000)), set()
 
-    def planted(self: Runner, runs: Any, batch: Any, out: Any, sampled: Any, got: Any) -> Any:
-        original(self, runs, batch, out, sampled, got)
-        known = len(runs[0].sequence.token_ids) + (len(got[0]) if got else 0)
-        right = next(turn) % (drafts + 1)
-        guesses = [
-            t if i < right else (t + 1) % 192 for i, t in enumerate(whole[known : known + drafts])
-        ]
-        return [tuple(guesses)] if got else []
+    def guesses(known: int, count: int) -> list[int]:
+        right = next(turn) % (count + 1)
+        coming = enumerate(whole[known : known + count])
+        return [t if i < right else (t + 1) % 192 for i, t in coming]
 
-    monkeypatch.setattr(Runner, "_draft", planted)
-    engine = start(loaded, num_speculative_tokens=drafts)
+    plant(monkeypatch, guesses)
+    engine = start(loaded, num_speculative_tokens=drafts, overlap=overlap)
     outputs = Collected()
     engine.add(Request("a", tuple(tokens), params))
     for output in engine.run():
@@ -207,16 +211,19 @@ def test_the_layer_drafts_what_a_one_shot_pass_would(loaded: LoadedModel) -> Non
     assert all(other == seen[0] for other in seen[1:])
 
 
+@BOTH
 @pytest.mark.parametrize("drafts", [0, 2])
 @pytest.mark.parametrize("length", [2, 40, 129, 257, 300, 515])
-def test_a_hit_equals_cold_at_every_depth(loaded: LoadedModel, length: int, drafts: int) -> None:
+def test_a_hit_equals_cold_at_every_depth(
+    loaded: LoadedModel, length: int, drafts: int, overlap: bool
+) -> None:
     """Resending hits at the prompt's last token; a longer prompt hits where the shorter one ended."""
     tokens = prompts(192, (length + 60,), length)[0]
     cold = [
         collect(start(loaded, num_speculative_tokens=drafts), [(part, PARAMS)])[0]
         for part in (tokens[:length], tokens)
     ]
-    engine = start(loaded, num_speculative_tokens=drafts)
+    engine = start(loaded, num_speculative_tokens=drafts, overlap=overlap)
     first = collect(engine, [(tokens[:length], PARAMS)])[0]
     pollute(engine)
     engine.add(
@@ -234,9 +241,10 @@ def test_a_hit_equals_cold_at_every_depth(loaded: LoadedModel, length: int, draf
     assert longer.same(cold[1])
 
 
-def test_a_second_turn_hits_up_to_the_first_turns_end(loaded: LoadedModel) -> None:
+@BOTH
+def test_a_second_turn_hits_up_to_the_first_turns_end(loaded: LoadedModel, overlap: bool) -> None:
     tokens = prompts(192, (270,), 2)[0]
-    engine = start(loaded)
+    engine = start(loaded, overlap=overlap)
     first = collect(engine, [(tokens, PARAMS)])[0]
     turn = [*tokens, *first.tokens, *prompts(192, (30,), 3)[0]]
     second = collect(engine, [(turn, PARAMS)])[0]
@@ -320,26 +328,31 @@ def test_preempted_at_every_step_equals_never_preempted(
     assert got.same(expected)
 
 
-def test_crowding_preempts_and_changes_nothing(loaded: LoadedModel) -> None:
+@BOTH
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_crowding_preempts_and_changes_nothing(
+    loaded: LoadedModel, drafts: int, overlap: bool
+) -> None:
     """Four requests grow past what the pages hold; whoever is pushed out comes back unharmed."""
     work = [(t, replace(p, max_tokens=330)) for t, p in requests((100, 90, 200, 150), 9)]
     expected = [collect(start(loaded, max_num_seqs=1), [one])[0] for one in work]
     for cache in ({"num_pages": 6}, {"num_pages": 6, "preempt_bytes": 0}):
-        engine = start(loaded, cache, max_model_len=600)
+        engine = start(loaded, cache, overlap, max_model_len=600, num_speculative_tokens=drafts)
         got = collect(engine, work)
         assert engine.scheduler.num_preemptions > 0
         assert all(a.same(b) for a, b in zip(got, expected, strict=True))
 
 
+@BOTH
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 140, 256, 257])
 def test_n_sequences_are_what_n_requests_would_be(
-    loaded: LoadedModel, length: int, caching: bool
+    loaded: LoadedModel, length: int, caching: bool, overlap: bool
 ) -> None:
     """Forks copy the open page: they share full pages and nothing else."""
     tokens = prompts(192, (length,), 10)[0]
     cache = {"enable_prefix_caching": caching}
-    got = collect(start(loaded, cache), [(tokens, replace(PARAMS, n=3))])
+    got = collect(start(loaded, cache, overlap), [(tokens, replace(PARAMS, n=3))])
     for index, answer in enumerate(got):
         alone = collect(start(loaded), [(tokens, replace(PARAMS, seed=5 + index))])[0]
         assert answer.same(alone)
@@ -352,21 +365,24 @@ def test_prompt_logprobs_do_not_depend_on_chunks(loaded: LoadedModel) -> None:
     tokens = prompts(192, (130,), 11)[0]
     params = replace(PARAMS, prompt_logprobs=3, logprobs=2)
     seen = []
-    for budget in (400, 17):
-        first = collect(start(loaded, max_num_batched_tokens=budget), [(tokens, params)])[0].first
+    for budget, overlap in ((400, False), (17, False), (17, True)):
+        engine = start(loaded, overlap=overlap, max_num_batched_tokens=budget)
+        first = collect(engine, [(tokens, params)])[0].first
         assert first.prompt_logprobs[0] is None
         assert len(first.prompt_logprobs) == 130
         assert [e.token_id for e in first.prompt_logprobs[1:]] == tokens[1:]
         seen.append(first.prompt_logprobs[1:])
-    for a, b in zip(*seen, strict=True):
-        assert abs(a.logprob - b.logprob) < 1e-9
-        assert [t for t, _ in a.top] == [t for t, _ in b.top]
-        assert a.rank == b.rank
+    for a, *others in zip(*seen, strict=True):
+        for b in others:
+            assert abs(a.logprob - b.logprob) < 1e-9
+            assert [t for t, _ in a.top] == [t for t, _ in b.top]
+            assert a.rank == b.rank
 
 
-def test_abort_at_any_moment_frees_everything(loaded: LoadedModel) -> None:
+@BOTH
+def test_abort_at_any_moment_frees_everything(loaded: LoadedModel, overlap: bool) -> None:
     for moment in range(12):
-        engine = start(loaded, max_num_batched_tokens=50, num_speculative_tokens=1)
+        engine = start(loaded, overlap=overlap, max_num_batched_tokens=50, num_speculative_tokens=1)
         for n, (tokens, params) in enumerate(requests((120, 30, 80), 12)):
             engine.add(Request(str(n), tuple(tokens), replace(params, n=1 + n % 2)))
         for _ in range(moment):
@@ -374,28 +390,23 @@ def test_abort_at_any_moment_frees_everything(loaded: LoadedModel) -> None:
         for name in ("0", "1", "2"):
             engine.abort(name)
             assert not engine.abort(name)
+        assert engine.step() == []  # what was in flight is nobody's
         assert not engine.has_work
         engine.scheduler.cache.pages.check()
         assert engine.scheduler.cache.pages.num_used == 0
         assert engine.scheduler.slots.num_free == 4
 
 
+@BOTH
 def test_stops_inside_a_draft_are_honoured(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = prompts(192, (50,), 13)[0]
     free = collect(start(loaded), [(tokens, PARAMS)])[0].tokens
     whole = [*tokens, *free]
-    original = Runner._draft
-
-    def perfect(self: Runner, runs: Any, batch: Any, out: Any, sampled: Any, got: Any) -> Any:
-        original(self, runs, batch, out, sampled, got)
-        known = len(runs[0].sequence.token_ids) + (len(got[0]) if got else 0)
-        return [tuple(whole[known : known + 3])] if got else []
-
-    monkeypatch.setattr(Runner, "_draft", perfect)
+    plant(monkeypatch, lambda known, count: whole[known : known + count])
     for at in range(2, 9):
-        engine = start(loaded, num_speculative_tokens=3)
+        engine = start(loaded, num_speculative_tokens=3, overlap=overlap)
         params = replace(PARAMS, stop_token_ids=[free[at]])
         got = collect(engine, [(tokens, params)])[0]
         cut = free.index(free[at]) + 1

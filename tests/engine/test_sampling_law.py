@@ -10,7 +10,7 @@ built in show that such faults are noticed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,20 +25,40 @@ from fourfold.core.batch import ForwardBatch
 from fourfold.core.config import CacheConfig, EngineConfig, ModelConfig
 from fourfold.core.device import detect
 from fourfold.core.request import Request, SamplingParams
-from fourfold.engine import sampler
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel
-from fourfold.engine.randomness import uniform
 from fourfold.model.parts import ForwardOutput
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import KernelPlan
+from fourfold.ops.sampling import random_streams
+from fourfold.ops.sampling import uniform as uniform_op
 from fourfold.weights.geometry import config_json
+from tests.engine import sampling_reference
 from tests.engine.sampling_reference import distribution
 
 pytestmark = pytest.mark.full
 
 ALPHA = 1e-4
 Array = npt.NDArray[Any]
+
+
+def uniform(seeds: Any, positions: Any, purpose: int = 0) -> Array:
+    """The op's numbers for unsigned seeds."""
+    seeds, positions = np.broadcast_arrays(np.array(seeds, np.uint64), np.array(positions))
+    streams = random_streams(torch.from_numpy(seeds.copy().view(np.int64)), purpose)
+    numbers: Array = uniform_op(streams, torch.from_numpy(positions.copy())).numpy()
+    return numbers
+
+
+def test_numbers_are_those_of_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    seeds = [0, 1, 2**63, 2**64 - 1, *rng.integers(0, 2**64, 200, dtype=np.uint64).tolist()]
+    positions = [0, 5, 2**20, 3, *rng.integers(0, 2**21, 200).tolist()]
+    for purpose in (0, 1, 9):
+        wanted = [
+            sampling_reference.uniform(s, p, purpose) for s, p in zip(seeds, positions, strict=True)
+        ]
+        assert uniform(seeds, positions, purpose).tolist() == wanted
 
 
 def p_value(statistic: float, freedom: int) -> float:
@@ -206,7 +226,8 @@ def answers(
     model: Any = Chain(config, table())
     checkpoint: Any = None
     device = detect("cpu")
-    loaded = LoadedModel(model, config, torch.float32, device, model.ops, checkpoint, (), "chain")
+    made = (checkpoint, (), "chain", 0)
+    loaded = LoadedModel(model, config, torch.float32, device, model.ops, *made)
     cache = CacheConfig(num_pages=256, enable_prefix_caching=False)
     engine = Engine(
         loaded,
@@ -283,26 +304,25 @@ def test_drafts_do_not_change_a_single_token() -> None:
 
 def faulty_accept(sampled: Tensor, drafts: Tensor) -> Tensor:
     """A fault: once the first draft stands, so do all."""
-    count = drafts.shape[1]
-    return (sampled[:, 0] == drafts[:, 0]).to(torch.int64) * count
+    first = (sampled[:, :1] == drafts)[:, :1].to(torch.int64).sum(-1)
+    return first * drafts.shape[1]
 
 
 def test_faults_in_verification_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One number for all rows of a run, and drafts that are believed too easily."""
 
-    def repeated(seeds: Sequence[int], positions: Any) -> Array:
-        return uniform(seeds, np.asarray(positions) // 2)
+    def repeated(streams: Tensor, positions: Tensor) -> Tensor:
+        return uniform_op(streams, positions // 2)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler, "uniform", repeated)
-        tokens, _ = answers(3, REQUESTS, LENGTH, PLAIN)
-        assert min(transitions(tokens, shares(PLAIN))) < ALPHA
-    with monkeypatch.context() as patch:
-        original = KernelPlan.__getattr__
-        patch.setattr(
-            KernelPlan,
-            "__getattr__",
-            lambda plan, name: faulty_accept if name == "count_accepted" else original(plan, name),
-        )
-        tokens, _ = answers(3, REQUESTS, LENGTH, PLAIN)
-        assert min(transitions(tokens, shares(PLAIN))) < ALPHA
+    original = KernelPlan.__getattr__
+    for op, fault in (("uniform", repeated), ("count_accepted", faulty_accept)):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                KernelPlan,
+                "__getattr__",
+                lambda plan, name, op=op, fault=fault: (
+                    fault if name == op else original(plan, name)
+                ),
+            )
+            tokens, _ = answers(3, REQUESTS, LENGTH, PLAIN)
+            assert min(transitions(tokens, shares(PLAIN))) < ALPHA

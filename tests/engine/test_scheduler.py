@@ -12,11 +12,11 @@ import pytest
 from fourfold.cache import pages, prefix
 from fourfold.cache.pages import chain_root
 from fourfold.cache.prefix import PrefixCache
+from fourfold.core import row_format
 from fourfold.core.errors import CapacityError, RequestError
 from fourfold.core.request import Request, SamplingParams
 from fourfold.engine import scheduler as scheduler_module
-from fourfold.engine import sequence as sequence_module
-from fourfold.engine.scheduler import Limits, Scheduler
+from fourfold.engine.scheduler import AGEING, Limits, Scheduler
 from fourfold.engine.sequence import Sequence
 from tests.engine.simulated import Setting, World
 
@@ -31,7 +31,7 @@ LONGEST_WAIT = 100
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of 8 tokens, so that a short sequence crosses many of them."""
-    for module in (pages, prefix, scheduler_module, sequence_module):
+    for module in (pages, prefix, row_format, scheduler_module):
         monkeypatch.setattr(module, "PAGE_TOKENS", 8)
 
 
@@ -73,6 +73,9 @@ def report(counts: Counter[str], seed: int) -> None:
         "finished",
         "accepted 3 of 3",
         "accepted 0 of 3",
+        "launched ahead",
+        "ran on after its end",
+        "waited for results",
     ):
         assert counts[what] > counts["steps"] / 2000, f"{what} hardly happened"
     assert counts["longest wait"] <= LONGEST_WAIT
@@ -172,9 +175,62 @@ def test_priorities_come_first_and_then_arrivals() -> None:
     assert ends == expected
 
 
-def sequence(arrival: int, prompt: int, max_tokens: int) -> Sequence:
+@pytest.mark.parametrize("seats", [1, 5])
+@pytest.mark.usefixtures("small_pages")
+def test_urgent_requests_that_never_stop_coming_starve_nobody(seats: int) -> None:
+    """Two patient requests among ever new urgent ones: each starts within the bound the scheduler
+    states, and the urgent ones come first until then."""
+    w = world(seats, num_pages=40)
+    patient = [w.submit([1, 2], 2, priority=10**6), w.submit([1, 3], 2, priority=5)]
+    started: list[int] = []
+    urgent = 0
+    while any(s.arrival in w.live for s in patient):
+        while w.scheduler.num_waiting < 2 * seats + 2:
+            w.submit([2, 1], 2, priority=-(urgent % 7))
+            urgent += 1
+        before = {s.arrival for s in w.scheduler.waiting()}
+        w.step()
+        started += sorted(before - {s.arrival for s in w.scheduler.waiting()})
+        assert len(started) <= 4 * (AGEING + seats), "a patient request starves"
+    for older, one in enumerate(patient):
+        place = started.index(one.arrival)
+        assert AGEING - seats <= place <= (older + 1) * (AGEING + seats)
+    w.drain()
+
+
+def test_whoever_has_waited_longest_gets_a_turn_now_and_then() -> None:
+    """In any mixture of priorities, however often the oldest are aborted."""
+    rng = random.Random(4)
+    seats = 3
+    scheduler = Scheduler(Limits(seats, 64, max_model_len=2000), PrefixCache(64, 0, 0))
+    waiting: dict[int, Sequence] = {}
+    passed, turns, arrival = 0, 0, 0
+    for _ in range(1500):
+        while len(waiting) < 30:
+            arrival += 1
+            waiting[arrival] = sequence(arrival, 4, 1, priority=rng.choice([0, 0, 0, -9, 3, 70]))
+            scheduler.admit(waiting[arrival])
+        if rng.random() < 0.1:
+            scheduler.abort([waiting.pop(rng.choice([min(waiting), *waiting]))])
+        step = scheduler.schedule()
+        for run in step.runs:
+            one = run.sequence
+            if one.arrival in waiting:
+                oldest = min(waiting)
+                passed = 0 if one.arrival == oldest else passed + 1
+                turns += one.arrival == oldest and one.rank[0] == 0
+                del waiting[one.arrival]
+                assert passed < AGEING + seats
+            one.advance(run.count, (1,) if run.samples else (), ())
+            scheduler.settled(run)
+            if run.samples:
+                scheduler.finish(one)
+    assert turns > 10
+
+
+def sequence(arrival: int, prompt: int, max_tokens: int, priority: int = 0) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens)
-    request = Request(f"r{arrival}", tuple([1] * prompt), params)
+    request = Request(f"r{arrival}", tuple([1] * prompt), params, priority)
     return Sequence(
         request, 0, arrival, 0, max_tokens, (), chain_root("", None), token_ids=[1] * prompt
     )
@@ -222,6 +278,7 @@ def test_ten_thousand_waiting_do_not_slow_a_step(blocked_by: str) -> None:
         for _ in range(2):  # a prompt stops for an image before its last token
             for run in scheduler.schedule().runs:
                 run.sequence.advance(run.count, (1,) if run.samples else (), ())
+                scheduler.settled(run)
         for arrival in range(64, 64 + waiting):
             scheduler.admit(sequence(arrival, 700, 200))
         assert all(s.is_decoding for s in scheduler.running)
@@ -234,6 +291,7 @@ def test_ten_thousand_waiting_do_not_slow_a_step(blocked_by: str) -> None:
             assert scheduler.num_waiting == waiting
             for run in step.runs:
                 run.sequence.advance(1, (1,), ())
+                scheduler.settled(run)
         medians.append(statistics.median(times))
     print(
         f"schedule: {medians[0] / 1e3:.0f} us with 10 waiting, {medians[1] / 1e3:.0f} with 10,000"

@@ -33,6 +33,11 @@ def available() -> list[Kernel]:
     return [k for k in kernels.load(device) if k.needs <= device.features]
 
 
+def kernels_of(op: str) -> list[Any]:
+    """The kernels of one op, as parameters of a test."""
+    return [pytest.param(k, id=k.name) for k in available() if k.op == op]
+
+
 def poison() -> None:
     """Leave NaN in the memory that the next allocations get, so that what is not written shows."""
     blocks = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]
@@ -65,12 +70,13 @@ def weight(rows: int, columns: int, scale_format: str, seed: int) -> QuantTensor
     return QuantTensor(codes, scale, FP8_BLOCK, (rows, columns))
 
 
+@pytest.mark.parametrize("kernel", kernels_of("linear"))
 @pytest.mark.parametrize("scale_format", ["e8m0", "f32"])
 @pytest.mark.parametrize("shape", [(1024, 4096), (512, 4096), (200, 300), (4096, 8192)], ids=str)
 def test_fp8_linear_equals_its_body_at_every_batch_size(
-    shape: tuple[int, int], scale_format: str
+    shape: tuple[int, int], scale_format: str, kernel: Kernel
 ) -> None:
-    run = next(k for k in available() if k.op == "linear").run
+    run = kernel.run
     w = weight(*shape, scale_format, 1)
     for tokens in (1, 2, 15, 16, 17, 63, 64, 65, 128, 129, 257, 1000, 4097):
         x: Tensor = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16) * 3
@@ -78,16 +84,24 @@ def test_fp8_linear_equals_its_body_at_every_batch_size(
         close(run(x, w), linear_body(x, w), 1.6e-2)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1024, 4096), (32768, 1024), (512, 4096), (24, 384)], ids=str)
-def test_a_tokens_result_does_not_depend_on_the_batch(shape: tuple[int, int], kind: str) -> None:
+@pytest.mark.parametrize("kernel", kernels_of("linear"))
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "shape", [(1024, 4096), (32768, 1024), (512, 4096), (24, 384), (200, 300)], ids=str
+)
+def test_a_tokens_result_does_not_depend_on_the_batch(
+    shape: tuple[int, int], kind: str, kernel: Kernel
+) -> None:
     """Bit for bit: alone, in a decode batch, in a prefill chunk."""
-    run = next(k for k in available() if k.op == "linear").run
+    run = kernel.run
     w = weight(*shape, "e8m0", 2)
-    operand = w if kind == "fp8" else w.dequantize(torch.bfloat16)
-    x = torch.randn(4096, shape[1], device="cuda", dtype=torch.bfloat16)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    operand = w if kind == "fp8" else w.dequantize(dtype)
+    x = torch.randn(4096, shape[1], device="cuda", dtype=dtype)
+    poison()
     whole = run(x, operand)
-    for tokens in (1, 3, 16, 33, 64, 65, 128, 200, 1000):
+    close(whole, linear_body(x, operand), 1.6e-2 if dtype == torch.bfloat16 else 1e-5)
+    for tokens in (1, 3, 16, 33, 64, 65, 128, 200, 256, 257, 1000):
         assert torch.equal(run(x[11 : 11 + tokens], operand), whole[11 : 11 + tokens])
 
 
@@ -127,30 +141,72 @@ def experts(
 EXPERTS = [(MXFP4, "e8m0"), (FP8_BLOCK, "e8m0"), (FP8_BLOCK, "f32")]
 
 
+def prepared(kernel: Kernel, weights: list[QuantTensor]) -> list[Any]:
+    """Copies of weights as the kernel wants them."""
+    copies = [replace(w, codes=w.codes.clone(), scale=w.scale.clone()) for w in weights]
+    return [kernel.prepare(w) if kernel.prepare else w for w in copies]
+
+
+@pytest.mark.parametrize("kernel", kernels_of("routed_experts"))
 @pytest.mark.parametrize(("scheme", "scale_format"), EXPERTS, ids=lambda v: getattr(v, "name", v))
-@pytest.mark.parametrize(("dim", "inner"), [(512, 256), (160, 96)])
+@pytest.mark.parametrize(("dim", "inner"), [(512, 256), (160, 96), (1024, 512)])
 def test_experts_equal_their_body_and_do_not_depend_on_the_batch(
-    scheme: QuantScheme, scale_format: str, dim: int, inner: int
+    scheme: QuantScheme, scale_format: str, dim: int, inner: int, kernel: Kernel
 ) -> None:
-    """All experts and half of them, repeated ids, inputs beyond the limit, 1 to 1,000 tokens."""
-    run = next(k for k in available() if k.op == "routed_experts").run
+    """All experts and half of them, repeated ids, inputs beyond the limit, 1 to 3,000 tokens."""
+    run = kernel.run
     body = next(o for o in OPS if o.name == "routed_experts")
     count, limit = 16, 2.0
-    w1, w2, w3 = experts(scheme, scale_format, count, dim, inner)
-    y = torch.randn(1000, dim, device="cuda", dtype=torch.bfloat16) * 4
-    ids = torch.randint(count, (1000, 6), device="cuda")
+    stored = experts(scheme, scale_format, count, dim, inner)
+    w1, w2, w3 = prepared(kernel, stored)
+    y = torch.randn(3000, dim, device="cuda", dtype=torch.bfloat16) * 4
+    ids = torch.randint(count, (3000, 6), device="cuda")
     ids[3] = 5
-    weights = torch.rand(1000, 6, device="cuda")
+    weights = torch.rand(3000, 6, device="cuda")
     poison()
     whole = run(y, ids, weights, w1, w2, w3, limit)
-    close(whole, body(y, ids, weights, w1, w2, w3, limit), 1.6e-2)
-    for tokens in (1, 2, 5, 16, 33, 200):
+    close(whole, body(y, ids, weights, *stored, limit), 1.6e-2)
+    for tokens in (1, 2, 5, 16, 33, 200, 1000):
         part = slice(2, 2 + tokens)
         poison()
         assert torch.equal(run(y[part], ids[part], weights[part], w1, w2, w3, limit), whole[part])
     half = [
-        replace(w, codes=w.codes[8:], scale=w.scale[8:], shape=(8, *w.shape[1:]))
-        for w in (w1, w2, w3)
+        replace(w, codes=w.codes[8:], scale=w.scale[8:], shape=(8, *w.shape[1:])) for w in stored
     ]
     poison()
-    close(run(y, ids, weights, *half, limit, 8), body(y, ids, weights, *half, limit, 8), 1.6e-2)
+    got = run(y, ids, weights, *prepared(kernel, half), limit, 8)
+    close(got, body(y, ids, weights, *half, limit, 8), 1.6e-2)
+
+
+@pytest.mark.parametrize("kernel", kernels_of("routed_experts"))
+def test_an_experts_scales_are_exact_at_any_distance(kernel: Kernel) -> None:
+    """Groups of one strip whose exponents are far apart, the smallest one included."""
+    count, dim, inner = 4, 512, 512
+    stored = experts(MXFP4, "e8m0", count, dim, inner)
+    stored[0].scale[:, :, ::2] = 0
+    stored[2].scale[:, ::3, 1::4] += 7
+    w1, w2, w3 = prepared(kernel, stored)
+    body = next(o for o in OPS if o.name == "routed_experts")
+    y = torch.randn(20, dim, device="cuda", dtype=torch.bfloat16)
+    ids, weights = torch.randint(count, (20, 2), device="cuda"), torch.rand(20, 2, device="cuda")
+    poison()
+    close(
+        kernel.run(y, ids, weights, w1, w2, w3, 10.0), body(y, ids, weights, *stored, 10.0), 1.6e-2
+    )
+
+
+@pytest.mark.parametrize("first", [0, 8])
+@pytest.mark.parametrize("experts_here", [16, 256])
+def test_both_ways_of_sorting_tokens_agree(first: int, experts_here: int) -> None:
+    from fourfold.kernels.triton import moe
+
+    for tokens in (1, 2, 33, 250, 1300):
+        for tile in (8, 64):
+            ids = torch.randint(experts_here + 2 * first, (tokens, 6), device="cuda")
+            ids[:, 0] = 5
+            poison()
+            got = moe.sort_tokens(ids, experts_here, first, tile)
+            most = got.tiles.shape[0]
+            expected = moe._sort_many(ids, experts_here, first, tile, most)
+            assert torch.equal(got.order, expected.order)
+            assert torch.equal(got.tiles, expected.tiles)

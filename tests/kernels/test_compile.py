@@ -12,8 +12,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full
 
 TARGETS = {"sm_90": ("cuda", 90), "gfx942": ("hip", "gfx942")}
-POINTERS = {"w": "*u8", "w_scale": "*u8", "x": "*u8", "x_scale": "*fp32", "out": "*fp32"}
 INTEGERS = dict.fromkeys(("T", "N", "K", "BLOCKS"), "i32")
+FP8 = {"sm_90": "fp8e4nv", "gfx942": "fp8e4b8"}
 
 
 def compiled(
@@ -29,50 +29,60 @@ def compiled(
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("tile", [16, 64, 128])
-@pytest.mark.parametrize("split", [True, False])
-def test_fp8_linear(arch: str, tile: int, split: bool) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "fp32"])
+@pytest.mark.parametrize(("tile", "split"), [(16, True), (64, True), (128, True), (128, False)])
+def test_linear(arch: str, kind: str, tile: int, split: bool) -> None:
     from fourfold.kernels.triton import linear
 
+    fp8, stored = kind == "fp8", FP8[arch] if kind == "fp8" else kind
+    pointers = {
+        "w": f"*{stored}",
+        "w_scale": "*u8" if fp8 else f"*{stored}",
+        "x": f"*{stored}",
+        "x_scale": "*fp32" if fp8 else f"*{stored}",
+        "out": "*fp32",
+    }
+    options = linear.launch_options(tile, split)
     constants = {
         "CHUNK": 4,
         "CHUNKS": 8,
         "SPLIT": split,
-        "E8M0": True,
+        "FP8": fp8,
+        "E8M0": fp8,
         "FNUZ": arch == "gfx942",
-        "TN": 128,
-        "TK": 128,
+        "WHOLE": True,
+        "TN": options.pop("TN"),
+        "TK": {"fp8": 128, "bf16": 64, "fp32": 32}[kind],
         "TT": tile,
     }
-    options = linear.launch_options(tile, wide=False)
-    binary = compiled(linear._fp8_linear, arch, POINTERS | INTEGERS, constants, **options)
+    binary = compiled(linear._linear, arch, pointers | INTEGERS, constants, **options)
     assert binary.metadata.shared <= ARCHS[arch].shared_memory
     text = binary.asm.get("ptx") or binary.asm["amdgcn"]
-    assert ("wgmma" if arch == "sm_90" else "fp8_fp8") in text
+    if fp8:
+        assert ("wgmma" if arch == "sm_90" else "fp8_fp8") in text
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("tile", [16, 128])
-def test_plain_linear(arch: str, dtype: str, tile: int) -> None:
+@pytest.mark.parametrize("by_group", [True, False])
+@pytest.mark.parametrize("count", [1, 32])
+def test_quantize_activations(arch: str, by_group: bool, count: int) -> None:
     from fourfold.kernels.triton import linear
 
-    wide = dtype == "fp32"
-    pointers = {"w": f"*{dtype}", "x": f"*{dtype}", "out": "*fp32"}
-    constants = {"CHUNK": 4, "CHUNKS": 8, "SPLIT": False, "TN": 128, "TT": tile}
-    constants["TK"] = linear.plain_block(wide)
-    options = linear.launch_options(tile, wide)
-    binary = compiled(linear._plain_linear, arch, pointers | INTEGERS, constants, **options)
+    signature = {"x": "*bf16", "codes": "*u8", "scale": "*fp32"}
+    signature |= dict.fromkeys(("T", "K", "GROUPS"), "i32")
+    constants = {"BY_GROUP": by_group, "FNUZ": arch == "gfx942", "COUNT": count, "GROUP": 128}
+    binary = compiled(linear._quantize_activations, arch, signature, constants, num_warps=1)
     assert binary.metadata.shared <= ARCHS[arch].shared_memory
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-def test_quantize_activations(arch: str) -> None:
-    from fourfold.kernels.triton import linear
+def test_sort_slots(arch: str) -> None:
+    from fourfold.kernels.triton import moe
 
-    signature = {"x": "*bf16", "codes": "*u8", "scale": "*fp32", "K": "i32", "GROUPS": "i32"}
-    constants = {"FNUZ": arch == "gfx942", "GROUP": 128}
-    binary = compiled(linear._quantize_activations, arch, signature, constants, num_warps=1)
+    signature = {"ids": "*i64", "order": "*i32", "tiles": "*i32"}
+    signature |= dict.fromkeys(("SLOTS", "FIRST", "EXPERTS", "MOST"), "i32")
+    constants = {"TILE": 16, "BINS": 512, "BLOCK": 512, "SHARE": 32}
+    binary = compiled(moe._sort_slots, arch, signature, constants, num_warps=4)
     assert binary.metadata.shared <= ARCHS[arch].shared_memory
 
 
@@ -100,8 +110,13 @@ def test_experts(arch: str, tile: int, fp4: bool, part: str) -> None:
     if part == "gate_up":
         constants["TOPK"] = 6
     kernel = moe._gate_up if part == "gate_up" else moe._down
+    pointers = dict(EXPERT_POINTERS[part])
+    for name in ("x", "hidden") if part == "gate_up" else ("hidden",):
+        pointers[name] = f"*{FP8[arch]}" if (name, part) != ("hidden", "gate_up") else "*bf16"
+    for name in () if fp4 else ("w1", "w2", "w3"):
+        pointers |= {name: f"*{FP8[arch]}"} if name in pointers else {}
     options = {"num_warps": 4, "num_stages": 3}
-    binary = compiled(kernel, arch, EXPERT_POINTERS[part], constants, **options)
+    binary = compiled(kernel, arch, pointers, constants, **options)
     assert binary.metadata.shared <= ARCHS[arch].shared_memory
     text = binary.asm.get("ptx") or binary.asm["amdgcn"]
     assert ("wgmma" if arch == "sm_90" else "fp8_fp8") in text

@@ -83,7 +83,7 @@ def test_a_warm_up_run_leaves_no_trace(model: DeepseekV4) -> None:
 def test_fp8_rows_chunked_equal_one_shot_with_fp8_rows(tmp_path: Path) -> None:
     """Attention sees a chunk's own rows already rounded, so rounding does not depend on the cut."""
     model = load_small(write_small(tmp_path / "c", "float32", **SPARSE), torch.float64)
-    formats = row_formats(model.config, torch.float64, "fp8", "fp8")
+    formats = row_formats(model.config, "float64", "fp8", "fp8")
     sequences = prompts(model.config.vocab_size, (200,), 1)
     expected = one_shot(model, sequences, formats).logits
     plain = one_shot(model, sequences).logits

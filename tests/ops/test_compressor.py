@@ -68,8 +68,10 @@ class Folder:
             torch.float32,
         )
         store_folds(self.folds, kept, batch.fold_targets)
-        for position, row in zip(emission.positions.tolist(), rows, strict=True):
-            self.rows[position // self.ratio] = row
+        columns = zip(emission.positions.tolist(), emission.slots.tolist(), rows, strict=True)
+        for position, slot, row in columns:
+            if slot >= 0:
+                self.rows[position // self.ratio] = row
         self.at = end
 
     def result(self) -> Tensor:

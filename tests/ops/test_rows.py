@@ -7,7 +7,8 @@ import struct
 import pytest
 import torch
 
-from fourfold.core.rows import RowFormat, RowKind, RowPages
+from fourfold.core.row_format import RowFormat, RowKind
+from fourfold.core.rows import RowPages
 from fourfold.ops.quantize import decode_fp8
 from fourfold.ops.rows import encode_rows, index_round, read_rows, store_rows
 
@@ -69,9 +70,7 @@ def test_indexer_page_keeps_scales_behind_all_codes() -> None:
     assert torch.allclose(decode_fp8(codes, torch.float32) * scale, rows[9], rtol=2**-4, atol=scale)
 
 
-@pytest.mark.parametrize(
-    "format", [MAIN, INDEXER, RowFormat(RowKind.PLAIN, 512, 64, torch.float32)]
-)
+@pytest.mark.parametrize("format", [MAIN, INDEXER, RowFormat(RowKind.PLAIN, 512, 64, "float32")])
 def test_rows_read_back_as_encoded_from_scattered_slots_and_nowhere_gives_zeros(
     format: RowFormat,
 ) -> None:

@@ -2,18 +2,21 @@
 
     outᵀ [N, T] = W [N, K] · xᵀ [K, T]        the weight is the left operand, tokens are columns
 
-K is cut into chunks by the shape (N, K) alone. A chunk is summed 128 inputs after 128 inputs, chunks are
-added in order, whether one program walks through all of them (many tokens) or each chunk has a program
-of its own and a second kernel adds them (few tokens, where the weight must be read by many programs at
-once). The left operand's tile is always 128 rows, so a token's result does not depend on the batch.
+K is cut into chunks by the shape (N, K) alone. A chunk is summed block after block, chunks are added in
+order, whether one program walks through all of them (many tokens) or each chunk has a program of its own
+and a second kernel adds them (few tokens, where the weight must be read by many programs at once). No
+tile size is in that order, so a token's result does not depend on the batch.
 
 FP8: codes go to the matrix unit as they are; after each 128 inputs the product is multiplied by the
-token's and the block's scale (powers of two in the released checkpoints) and added in float32, which
-also restarts the unit's narrow accumulator.
+token's and the block's scale (powers of two in the released checkpoints) and added in float32 by one
+fused multiply-add, which also restarts the unit's narrow accumulator. Operands are loaded in the type
+that the unit takes: a cast between load and product would send them through registers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,27 +29,41 @@ from fourfold.core.tensor import QuantTensor, Weight
 from fourfold.ops.linear import round_activations
 from fourfold.ops.registry import Kernel
 
-BLOCK_N = 128
+BLOCK_N = 128  # rows of a weight under one scale
 BLOCK_K = 128
-PROGRAMS = 264  # chunks × row tiles wanted for one pass over a weight: two for each multiprocessor
-SPLIT_TOKENS = 64  # up to here every chunk has programs of its own
+PROGRAMS = 132  # chunks × blocks of rows wanted for one pass over a weight
+MOST_CHUNKS = 8
+FEW_TOKENS = 256  # up to here every chunk has programs of its own
+WIDE_TILE = 64  # above so many tokens a tile takes all rows of a block
 
 
 @triton.jit
-def _quantize_activations(x, codes, scale, K, GROUPS, FNUZ: tl.constexpr, GROUP: tl.constexpr):
-    """One program a (token, group): codes = x / 2^e as E4M3, scale = 2^e.
+def _quantize_activations(
+    x,
+    codes,
+    scale,
+    T,
+    K,
+    GROUPS,
+    BY_GROUP: tl.constexpr,
+    FNUZ: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One program a token and COUNT of its groups: codes = x / 2^e as E4M3, scale = 2^e.
 
     e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e, from the bits of amax.
     """
-    token, group = tl.program_id(0), tl.program_id(1)
-    offset = group * GROUP + tl.arange(0, GROUP)
+    token = tl.program_id(0)
+    group = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
+    offset = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = offset < K
     values = tl.load(x + token.to(tl.int64) * K + offset, mask=inside, other=0.0).to(tl.float32)
-    amax = tl.maximum(tl.max(tl.where(values == values, tl.abs(values), 0.0)), 1e-4)
+    amax = tl.maximum(tl.max(tl.where(values == values, tl.abs(values), 0.0), 1), 1e-4)
     bits = tl.minimum(amax, 3.0e38).to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(values * inverse, -448.0), 448.0)
+    scaled = tl.minimum(tl.maximum(values * inverse[:, None], -448.0), 448.0)
     scaled = tl.where(values == values, scaled, 0.0)
     if FNUZ:
         raw = (scaled * 0.5).to(tl.float8e4b8).to(tl.uint8, bitcast=True)
@@ -54,7 +71,9 @@ def _quantize_activations(x, codes, scale, K, GROUPS, FNUZ: tl.constexpr, GROUP:
         raw = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     raw = tl.where(raw == 0x80, 0, raw).to(tl.uint8)
     tl.store(codes + token.to(tl.int64) * K + offset, raw, mask=inside)
-    tl.store(scale + token * GROUPS + group, ((exponent + 127) << 23).to(tl.float32, bitcast=True))
+    place = group * T + token if BY_GROUP else token * GROUPS + group
+    factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale + place, factor, mask=group < GROUPS)
 
 
 @triton.jit
@@ -68,7 +87,7 @@ def _block_scale(scales, index, E8M0: tl.constexpr):
 
 
 @triton.jit
-def _fp8_linear(
+def _linear(
     w,
     w_scale,
     x,
@@ -81,94 +100,53 @@ def _fp8_linear(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
     E8M0: tl.constexpr,
     FNUZ: tl.constexpr,
+    WHOLE: tl.constexpr,
     TN: tl.constexpr,
     TK: tl.constexpr,
     TT: tl.constexpr,
 ):
-    """A [TN rows, TT tokens] tile of outᵀ; with SPLIT of one chunk's partial sums [CHUNKS, T, N]."""
+    """A [TN rows, TT tokens] tile of outᵀ; with SPLIT of one chunk's partial sums [CHUNKS, T, N].
+
+    WHOLE: K is a multiple of TK. `x_scale [BLOCKS, T]`; plain operands have no scales.
+    """
     tile_n, tile_t = tl.program_id(0), tl.program_id(1)
     n = tile_n * TN + tl.arange(0, TN)
     t = tile_t * TT + tl.arange(0, TT)
+    # Rows and tokens beyond the last are the last again; they are not stored.
+    token = tl.minimum(t, T - 1)
     k = tl.arange(0, TK)
+    w_place = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    x_place = x + token.to(tl.int64)[None, :] * K + k[:, None]
+    w_scale += (tile_n * TN // 128) * BLOCKS
     total = tl.zeros((TN, TT), dtype=tl.float32)
     first = tl.program_id(2) if SPLIT else 0
     last = first + 1 if SPLIT else CHUNKS
     for chunk in range(first, last):
         acc = tl.zeros((TN, TT), dtype=tl.float32)
         for block in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, BLOCKS)):
-            kk = block * TK + k
-            inside = kk < K
-            a = tl.load(
-                w + n.to(tl.int64)[:, None] * K + kk[None, :],
-                mask=(n < N)[:, None] & inside[None, :],
-                other=0,
-            )
-            b = tl.load(
-                x + t.to(tl.int64)[None, :] * K + kk[:, None],
-                mask=(t < T)[None, :] & inside[:, None],
-                other=0,
-            )
-            if FNUZ:
-                product = tl.dot(
-                    a.to(tl.float8e4b8, bitcast=True), b.to(tl.float8e4b8, bitcast=True)
-                )
-                product *= 4.0
+            if WHOLE:
+                a = tl.load(w_place + block * TK)
+                b = tl.load(x_place + block * TK)
             else:
-                product = tl.dot(
-                    a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
-                )
-            s_w = _block_scale(w_scale, tile_n * BLOCKS + block, E8M0)
-            s_x = tl.load(x_scale + t * BLOCKS + block, mask=t < T, other=0.0)
-            acc += product * (s_w * s_x)[None, :]
-        total += acc
-    place = t.to(tl.int64)[None, :] * N + n[:, None]
-    if SPLIT:
-        place += tl.program_id(2).to(tl.int64) * T * N
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(n < N)[:, None] & (t < T)[None, :])
-
-
-@triton.jit
-def _plain_linear(
-    w,
-    x,
-    out,
-    T,
-    N,
-    K,
-    BLOCKS,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TN: tl.constexpr,
-    TK: tl.constexpr,
-    TT: tl.constexpr,
-):
-    """As `_fp8_linear`, for operands of one plain dtype."""
-    n = tl.program_id(0) * TN + tl.arange(0, TN)
-    t = tl.program_id(1) * TT + tl.arange(0, TT)
-    k = tl.arange(0, TK)
-    total = tl.zeros((TN, TT), dtype=tl.float32)
-    first = tl.program_id(2) if SPLIT else 0
-    last = first + 1 if SPLIT else CHUNKS
-    for chunk in range(first, last):
-        acc = tl.zeros((TN, TT), dtype=tl.float32)
-        for block in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, BLOCKS)):
-            kk = block * TK + k
-            inside = kk < K
-            a = tl.load(
-                w + n.to(tl.int64)[:, None] * K + kk[None, :],
-                mask=(n < N)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                x + t.to(tl.int64)[None, :] * K + kk[:, None],
-                mask=(t < T)[None, :] & inside[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-        total += acc
+                inside = k < K - block * TK
+                a = tl.load(w_place + block * TK, mask=inside[None, :], other=0.0)
+                b = tl.load(x_place + block * TK, mask=inside[:, None], other=0.0)
+            if FP8:
+                scale = tl.load(x_scale + block * T + token)
+                scale *= _block_scale(w_scale, block, E8M0)
+                if FNUZ:
+                    scale *= 4.0
+                scale = tl.broadcast_to(scale[None, :], (TN, TT))
+                acc = tl.fma(tl.dot(a, b), scale, acc)
+            else:
+                acc = tl.dot(a, b, acc, input_precision="ieee")
+        if CHUNKS == 1 or SPLIT:
+            total = acc
+        else:
+            total += acc
     place = t.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
         place += tl.program_id(2).to(tl.int64) * T * N
@@ -180,109 +158,149 @@ def _add_chunks(parts, out, COUNT, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """`out[i] = parts[0, i] + parts[1, i] + …` in that order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for chunk in range(CHUNKS):
+    for chunk in tl.static_range(CHUNKS):
         total += tl.load(parts + chunk * COUNT + i, mask=i < COUNT, other=0.0)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < COUNT)
 
 
+@dataclass(frozen=True)
+class Operands:
+    """A product ready to launch: `w [N, K]` and `x [T, K]` in one type of the matrix unit.
+
+    FP8 operands have `w_scale [⌈N/128⌉, ⌈K/128⌉]` and `x_scale [⌈K/128⌉, T]`; plain ones stand in for
+    their own scales, which are not read. `block` inputs are one step, `chunk` steps one of the `chunks`
+    sums.
+    """
+
+    w: Tensor
+    w_scale: Tensor
+    x: Tensor
+    x_scale: Tensor
+    fp8: bool
+    block: int
+    chunk: int
+    chunks: int
+
+
+Products = Callable[[Operands, Tensor], bool]
+
+
 def chunking(rows: int, blocks: int) -> tuple[int, int]:
-    """(blocks of 128 inputs a chunk, chunks) for a weight of `rows` outputs: of its shape alone."""
+    """(blocks a chunk, chunks) for a weight of `rows` outputs: of its shape alone."""
     tiles = -(-rows // BLOCK_N)
-    wanted = min(max(PROGRAMS // tiles, 1), blocks)
+    wanted = min(max(PROGRAMS // tiles, 1), blocks, MOST_CHUNKS)
     size = -(-blocks // wanted)
     return size, -(-blocks // size)
 
 
 def _is_fp8(weight: QuantTensor) -> bool:
-    """Whether `_fp8_linear` computes what the weight asks for."""
+    """Whether the FP8 product computes what the weight asks for."""
     return weight.scheme.name == "fp8_block" and weight.quantize_activations
 
 
-def launch_options(tile: int, wide: bool) -> dict[str, int]:
-    """Warps and pipeline stages for a token tile; two stages fit 64 KiB of shared memory."""
-    return {"num_warps": 8 if tile > 64 else 4, "num_stages": 2 if tile > 64 or wide else 3}
+def launch_options(tile: int, split: bool) -> dict[str, int]:
+    """Rows of a tile, warps and pipeline stages for `tile` tokens; they fit 64 KiB of shared memory.
+
+    Rows and tokens are 128 bytes a step each, whatever their type.
+    """
+    if tile <= WIDE_TILE or split:
+        return {"TN": 64, "num_warps": 4, "num_stages": {16: 4, 32: 4, 64: 3}.get(tile, 2)}
+    return {"TN": 128, "num_warps": 8, "num_stages": 2}
 
 
-def plain_block(wide: bool) -> int:
-    """Inputs of a plain weight taken at once: 32 in float32 (`wide`), 64 in bfloat16."""
-    return 32 if wide else 64
+def plain_block(dtype: torch.dtype) -> int:
+    """Inputs of a plain weight taken at once: 128 bytes."""
+    return 128 // dtype.itemsize
 
 
 def _token_tile(tokens: int) -> int:
     return min(max(triton.next_power_of_2(tokens), 16), 128)
 
 
-def quantize_activations(x: Tensor, fnuz: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes uint8 `[T, K]` and scales float32 `[T, ceil(K/128)]` (powers of two) of x `[T, K]`."""
+def quantize_activations(
+    x: Tensor, fnuz: bool = False, by_group: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Codes `[T, K]` (E4M3, FNUZ if asked) and scales float32, powers of two, of x `[T, K]`.
+
+    Scales are `[T, ceil(K/128)]`, or with `by_group` `[ceil(K/128), T]`.
+    """
     tokens, size = x.shape
     groups = -(-size // BLOCK_K)
     codes = torch.empty(tokens, size, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
+    shape = (groups, tokens) if by_group else (tokens, groups)
+    scale = torch.empty(shape, dtype=torch.float32, device=x.device)
     if tokens:
-        _quantize_activations[(tokens, groups)](
-            x, codes, scale, size, groups, FNUZ=fnuz, GROUP=BLOCK_K, num_warps=1
-        )
-    return codes, scale
+        count = min(triton.next_power_of_2(groups), 32) if tokens > WIDE_TILE else 1
+        _quantize_activations[(tokens, -(-groups // count))](
+            x, codes, scale, tokens, size, groups, BY_GROUP=by_group, FNUZ=fnuz, COUNT=count,
+            GROUP=BLOCK_K, num_warps=4 if count > 4 else 1,
+        )  # fmt: skip
+    return codes.view(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn), scale
 
 
-def linear(x: Tensor, weight: Weight, unrounded: bool = False, fnuz: bool = False) -> Tensor:
-    """The op `linear` (ops/linear.py) for contiguous weights of FP8 blocks, bfloat16 or float32."""
+def _operands(x: Tensor, weight: Weight, fnuz: bool) -> Operands:
+    rows, size = weight.shape
+    if isinstance(weight, QuantTensor):
+        codes, scale = quantize_activations(x, fnuz, by_group=True)
+        chunk, chunks = chunking(rows, -(-size // BLOCK_K))
+        w = weight.codes.view(codes.dtype)
+        return Operands(w, weight.scale, codes, scale, True, BLOCK_K, chunk, chunks)
+    if weight.dtype != x.dtype:
+        x, weight = x.float(), weight.float()
+    weight = weight.contiguous()
+    block = plain_block(x.dtype)
+    chunk, chunks = chunking(rows, -(-size // block))
+    return Operands(weight, weight, x, x, False, block, chunk, chunks)
+
+
+def add_chunks(parts: Tensor, out: Tensor) -> None:
+    """`out` = the sum of `parts [chunks, *out.shape]` in order."""
+    count = out.numel()
+    _add_chunks[(-(-count // 512),)](parts, out, count, CHUNKS=parts.shape[0], BLOCK=512)
+
+
+def _launch(o: Operands, out: Tensor, fnuz: bool) -> None:
+    tokens, size = o.x.shape
+    rows = o.w.shape[0]
+    split = tokens <= FEW_TOKENS and o.chunks > 1
+    target = out
+    if split:
+        target = torch.empty(o.chunks, tokens, rows, dtype=torch.float32, device=out.device)
+    tile = _token_tile(tokens)
+    options = launch_options(tile, split)
+    grid = (-(-rows // options["TN"]), -(-tokens // tile), o.chunks if split else 1)
+    _linear[grid](
+        o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size, -(-size // o.block),
+        CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=split, FP8=o.fp8,
+        E8M0=o.w_scale.dtype == torch.uint8, FNUZ=fnuz, WHOLE=size % o.block == 0, TK=o.block,
+        TT=tile, **options,
+    )  # fmt: skip
+    if split:
+        add_chunks(target, out)
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    unrounded: bool = False,
+    fnuz: bool = False,
+    products: Products | None = None,
+) -> Tensor:
+    """The op `linear` (ops/linear.py) for contiguous weights of FP8 blocks, bfloat16 or float32.
+
+    `products(operands, out)` may write the result in another way, bit for bit; it says whether it did.
+    """
     out_dtype = torch.float32 if unrounded else x.dtype
     if isinstance(weight, QuantTensor) and not _is_fp8(weight):
         # No released checkpoint has such a linear layer: exact, and slow.
         x = round_activations(x, weight)
         weight = weight.dequantize(torch.float32)
     x = x.contiguous()
-    tokens, size = x.shape
-    rows = weight.shape[0]
-    out = torch.empty(tokens, rows, dtype=out_dtype, device=x.device)
-    if not tokens:
-        return out
-    wide = x.dtype == torch.float32
-    block = BLOCK_K if isinstance(weight, QuantTensor) else plain_block(wide)
-    blocks = -(-size // block)
-    chunk, chunks = chunking(rows, blocks)
-    split = tokens <= SPLIT_TOKENS and chunks > 1
-    target = (
-        torch.empty(chunks, tokens, rows, dtype=torch.float32, device=x.device) if split else out
-    )
-    tile = _token_tile(tokens)
-    grid = (-(-rows // BLOCK_N), -(-tokens // tile), chunks if split else 1)
-    shape = {"CHUNK": chunk, "CHUNKS": chunks, "SPLIT": split, "TN": BLOCK_N, "TT": tile}
-    if isinstance(weight, QuantTensor):
-        codes, scale = quantize_activations(x, fnuz)
-        _fp8_linear[grid](
-            weight.codes,
-            weight.scale,
-            codes,
-            scale,
-            target,
-            tokens,
-            rows,
-            size,
-            blocks,
-            **shape,
-            E8M0=weight.scale.dtype == torch.uint8,
-            FNUZ=fnuz,
-            TK=BLOCK_K,
-            **launch_options(tile, wide=False),
-        )
-    else:
-        _plain_linear[grid](
-            weight,
-            x,
-            target,
-            tokens,
-            rows,
-            size,
-            blocks,
-            **shape,
-            TK=plain_block(wide),
-            **launch_options(tile, wide),
-        )
-    if split:
-        count = tokens * rows
-        _add_chunks[(-(-count // 1024),)](target, out, count, CHUNKS=chunks, BLOCK=1024)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
+    if x.shape[0]:
+        operands = _operands(x, weight, fnuz)
+        if products is None or not products(operands, out):
+            _launch(operands, out, fnuz)
     return out
 
 

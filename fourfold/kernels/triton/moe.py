@@ -15,9 +15,10 @@ FP4: a byte's two E2M1 codes become E4M3 codes of the value times 2^−6, exactl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import triton
@@ -31,7 +32,7 @@ from fourfold.ops.moe import routed_experts as body
 from fourfold.ops.registry import Kernel
 
 ROWS = 64  # output features a program
-BLOCK_K = 128
+SORTED_AT_ONCE = 8192  # slots
 
 
 @triton.jit
@@ -71,10 +72,10 @@ def _fp4_block(acc, w, scale, x, s_x, n, rows, live, block, K, N, FNUZ: tl.const
             other=0,
         )
         b = tl.load(
-            x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0
+            x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0
         )
         s_w = _e8m0(tl.load(scale + n * (K // 32) + g, mask=(n < N) & (g < K // 32), other=0))
-        product = tl.dot(_fp8(_expand_fp4(packed), FNUZ), _fp8(b, FNUZ))
+        product = tl.dot(_fp8(_expand_fp4(packed), FNUZ), b)
         factor = 256.0 if FNUZ else 64.0
         acc += product * (s_w * factor)[:, None] * s_x[None, :]
     return acc
@@ -86,11 +87,15 @@ def _fp8_block(
 ):
     """acc + W[n, 128 of block] · x, one product; the rows n lie in one block of 128."""
     k = block * 128 + tl.arange(0, 128)
-    a = tl.load(w + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)
-    b = tl.load(x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0)
+    a = tl.load(
+        w + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
+    )
+    b = tl.load(
+        x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0
+    )
     index = (tl.min(n) // 128) * tl.cdiv(K, 128) + block
     s_w = _e8m0(tl.load(scale + index)) if E8M0 else tl.load(scale + index)
-    product = tl.dot(_fp8(a, FNUZ), _fp8(b, FNUZ))
+    product = tl.dot(a, b)
     if FNUZ:
         product *= 4.0
     return acc + product * (s_w * s_x)[None, :]
@@ -229,30 +234,148 @@ class Plan:
     tiles: Tensor
 
 
+@triton.jit
+def _local(ids, slot, SLOTS, FIRST, EXPERTS):
+    """The expert of each slot, counted from FIRST; EXPERTS where it is not one of ours."""
+    expert = tl.load(ids + slot, mask=slot < SLOTS, other=-1).to(tl.int32) - FIRST
+    return tl.where((expert >= 0) & (expert < EXPERTS) & (slot < SLOTS), expert, EXPERTS)
+
+
+@triton.jit
+def _sort_slots(
+    ids,
+    order,
+    tiles,
+    SLOTS,
+    FIRST,
+    EXPERTS,
+    MOST,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
+):
+    """Program 0 writes the tiles; each other one the places of SHARE slots: how many come before."""
+    program = tl.program_id(0)
+    if program == 0:
+        counts = tl.zeros((BINS,), dtype=tl.int32)
+        for start in range(0, SLOTS, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            expert = _local(ids, slot, SLOTS, FIRST, EXPERTS)
+            counts += tl.histogram(expert, BINS)
+        expert = tl.arange(0, BINS)
+        counts = tl.where(expert < EXPERTS, counts, 0)
+        begin = tl.cumsum(counts, 0) - counts
+        needed = (counts + TILE - 1) // TILE
+        index = tl.cumsum(needed, 0) - needed
+        for n in range(tl.max(needed, 0)):
+            place = tiles + (index + n) * 3
+            tl.store(place, expert, mask=n < needed)
+            tl.store(place + 1, begin + n * TILE, mask=n < needed)
+            tl.store(place + 2, begin + tl.minimum((n + 1) * TILE, counts), mask=n < needed)
+        for start in range(0, MOST, BINS):
+            spare = start + tl.arange(0, BINS)
+            empty = (spare >= tl.sum(needed, 0)) & (spare < MOST)
+            for part in tl.static_range(3):
+                tl.store(tiles + spare * 3 + part, -1, mask=empty)
+    else:
+        mine = (program - 1) * SHARE + tl.arange(0, SHARE)
+        own = _local(ids, mine, SLOTS, FIRST, EXPERTS)
+        before = tl.zeros((SHARE,), dtype=tl.int32)
+        for start in range(0, SLOTS, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            other = _local(ids, slot, SLOTS, FIRST, EXPERTS)[None, :]
+            first = (other < own[:, None]) | (
+                (other == own[:, None]) & (slot[None, :] < mine[:, None])
+            )
+            before += tl.sum(first.to(tl.int32), 1)
+        tl.store(order + before, mine, mask=mine < SLOTS)
+
+
 def sort_tokens(ids: Tensor, num_experts: int, first_expert: int, tile: int) -> Plan:
     """Sort the slots of `ids [T, k]` by expert and cut each expert's into tiles, on the device."""
+    slots = ids.numel()
+    most = min(slots, num_experts) + slots // tile
+    if slots > SORTED_AT_ONCE:
+        return _sort_many(ids, num_experts, first_expert, tile, most)
+    order = torch.empty(slots, dtype=torch.int32, device=ids.device)
+    tiles = torch.empty(most, 3, dtype=torch.int32, device=ids.device)
+    share = 32
+    _sort_slots[(1 + -(-slots // share),)](
+        ids.contiguous(), order, tiles, slots, first_expert, num_experts, most, TILE=tile,
+        BINS=triton.next_power_of_2(num_experts + 1), BLOCK=512, SHARE=share,
+    )  # fmt: skip
+    return Plan(order, tiles)
+
+
+def _sort_many(ids: Tensor, num_experts: int, first_expert: int, tile: int, most: int) -> Plan:
+    """As `_sort_slots`, whose work grows with the square of the slots."""
     flat = (ids.flatten() - first_expert).to(torch.int64)
     local = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     experts, order = torch.sort(local, stable=True)
     bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, device=ids.device))
     counts = bounds[1:] - bounds[:-1]
     ends = ((counts + tile - 1) // tile).cumsum(0)
-    most = min(flat.numel(), num_experts) + flat.numel() // tile
     index = torch.arange(most, device=ids.device)
     owner = torch.searchsorted(ends, index, right=True)
     exists = owner < num_experts
     owner = owner.clamp(max=num_experts - 1)
     within = index - (ends[owner] - (counts[owner] + tile - 1) // tile)
     begin = bounds[owner] + within * tile
-    tiles = torch.stack(
-        [torch.where(exists, owner, -1), begin, torch.minimum(begin + tile, bounds[owner + 1])], 1
+    end = torch.minimum(begin + tile, bounds[owner + 1])
+    tiles = torch.stack([owner, begin, end], 1)
+    return Plan(order.to(torch.int32), torch.where(exists[:, None], tiles, -1).to(torch.int32))
+
+
+def _stored(weight: Weight) -> TypeGuard[QuantTensor]:
+    """Whether a weight is quantised in a way known here and wants its input rounded to FP8."""
+    return (
+        isinstance(weight, QuantTensor)
+        and weight.quantize_activations
+        and weight.scheme.name in ("mxfp4", "fp8_block")
     )
-    return Plan(order.to(torch.int32), tiles.to(torch.int32))
 
 
-def _rounds(weight: Weight) -> TypeGuard[QuantTensor]:
-    """Whether a weight is quantised and wants its input rounded to FP8."""
-    return isinstance(weight, QuantTensor) and weight.quantize_activations
+Product = Callable[[Tensor, Tensor, Plan, Tensor], None]
+
+
+def grouped(
+    y: Tensor,
+    ids: Tensor,
+    experts: int,
+    inner: int,
+    first_expert: int,
+    tile: int,
+    fnuz: bool,
+    gate_up: Product,
+    down: Product,
+) -> Tensor:
+    """Sort, `gate_up`, `down`, sum; what is between the products is the same for every kernel of them.
+
+    `gate_up(codes, scale, plan, hidden)` reads y's codes and scales by token and writes
+    `hidden [T·k, I]`, and `down(codes, scale, plan, result)` hidden's and `result [T·k, D]`: hidden by
+    place in the order, result by slot.
+    """
+    tokens, dim = y.shape
+    topk = ids.shape[1]
+    plan = sort_tokens(ids, experts, first_expert, tile)
+    codes, scale = quantize_activations(y.contiguous(), fnuz)
+    hidden = torch.empty(tokens * topk, inner, dtype=y.dtype, device=y.device)
+    gate_up(codes, scale, plan, hidden)
+    codes, scale = quantize_activations(hidden, fnuz)
+    result = torch.empty(tokens * topk, dim, dtype=torch.float32, device=y.device)
+    down(codes, scale, plan, result)
+    out = torch.empty(tokens, dim, dtype=torch.float32, device=y.device)
+    _sum_slots[(tokens, -(-dim // 1024))](
+        result, ids.contiguous(), out, dim, first_expert, first_expert + experts,
+        TOPK=topk, BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
+def tokens_a_tile(slots: int, experts: int) -> int:
+    """Tokens a tile takes: about what an expert gets of `slots`."""
+    return min(max(triton.next_power_of_2(-(-slots // experts)), 16), 64)
 
 
 def routed_experts(
@@ -267,46 +390,35 @@ def routed_experts(
     fnuz: bool = False,
 ) -> Tensor:
     """The op `routed_experts` (ops/moe.py) for experts of FP4 or FP8 blocks."""
-    if not (_rounds(w1) and _rounds(w2) and _rounds(w3)):
+    if not (_stored(w1) and _stored(w2) and _stored(w3)):
         # Plain experts exist in tests and in dequantised checkpoints only: exact, and slow.
         return body(y, ids, weights, w1, w2, w3, limit, first_expert)
     tokens, dim = y.shape
     topk, experts, inner = ids.shape[1], w1.shape[0], w1.shape[1]
-    out = torch.empty(tokens, dim, dtype=torch.float32, device=y.device)
     if not tokens:
-        return out
-    tile = min(max(triton.next_power_of_2(-(-tokens * topk // experts)), 16), 64)
-    plan = sort_tokens(ids, experts, first_expert, tile)
+        return torch.empty(0, dim, dtype=torch.float32, device=y.device)
+    tile = tokens_a_tile(tokens * topk, experts)
     fp4 = w1.scheme.name == "mxfp4"
-    options = {
-        "FP4": fp4,
-        "E8M0": w1.scale.dtype == torch.uint8,
-        "FNUZ": fnuz,
-        "TN": ROWS,
-        "TT": tile,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
-    codes, scale = quantize_activations(y.contiguous(), fnuz)
-    slots = tokens * topk
-    hidden = torch.empty(slots, inner, dtype=y.dtype, device=y.device)
-    num_tiles = plan.tiles.shape[0]
-    _gate_up[(-(-inner // ROWS), num_tiles)](
-        w1.codes, w1.scale, w3.codes, w3.scale, codes, scale, plan.order,
-        weights.to(torch.float32).contiguous(), plan.tiles, hidden, dim, inner,
-        w1.scale[0].numel(), limit, TOPK=topk, **options,
-    )  # fmt: skip
-    hidden_codes, hidden_scale = quantize_activations(hidden, fnuz)
-    result = torch.empty(slots, dim, dtype=torch.float32, device=y.device)
-    _down[(-(-dim // ROWS), num_tiles)](
-        w2.codes, w2.scale, hidden_codes, hidden_scale, plan.order, plan.tiles, result, inner, dim,
-        w2.scale[0].numel(), **options,
-    )  # fmt: skip
-    _sum_slots[(tokens, -(-dim // 1024))](
-        result, ids.contiguous(), out, dim, first_expert, first_expert + experts,
-        TOPK=topk, BLOCK=1024,
-    )  # fmt: skip
-    return out
+    stored = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+    c1, c2, c3 = (w.codes if fp4 else w.codes.view(stored) for w in (w1, w2, w3))
+    s1, s2, s3 = w1.scale, w2.scale, w3.scale
+    factors = weights.to(torch.float32).contiguous()
+    options: dict[str, Any] = {"FP4": fp4, "E8M0": s1.dtype == torch.uint8, "FNUZ": fnuz}
+    options |= {"TN": ROWS, "TT": tile, "num_warps": 4, "num_stages": 3}
+
+    def gate_up(codes: Tensor, scale: Tensor, plan: Plan, hidden: Tensor) -> None:
+        _gate_up[(-(-inner // ROWS), plan.tiles.shape[0])](
+            c1, s1, c3, s3, codes, scale, plan.order, factors, plan.tiles, hidden, dim, inner,
+            s1[0].numel(), limit, TOPK=topk, **options,
+        )  # fmt: skip
+
+    def down(codes: Tensor, scale: Tensor, plan: Plan, result: Tensor) -> None:
+        _down[(-(-dim // ROWS), plan.tiles.shape[0])](
+            c2, s2, codes, scale, plan.order, plan.tiles, result, inner, dim, s2[0].numel(),
+            **options,
+        )  # fmt: skip
+
+    return grouped(y, ids, experts, inner, first_expert, tile, fnuz, gate_up, down)
 
 
 KERNELS = (

@@ -1,0 +1,18 @@
+"""The command line: the only place that knows both the engine and what a person types.
+
+Contract: one command, one module, and one line here. Importing this loads no torch; a command imports
+what it needs when it runs.
+"""
+
+from fourfold.cli import chat, generate, serve, synth
+from fourfold.cli.group import main
+
+for _command in (
+    chat.chat,
+    generate.generate,
+    serve.serve,
+    synth.synth,
+):
+    main.add_command(_command)
+
+__all__ = ["main"]

@@ -1,0 +1,203 @@
+"""Linear layers of many tokens on sm_90: the products of triton/linear.py with warp-group instructions.
+
+Contract: bit for bit what `triton/linear.py` computes for few tokens: products of 128 bytes of K, added
+in its order. Copies to shared memory run `STAGES` blocks ahead through the end of every chunk, which a
+compiler's own pipeline empties. Measured on one H200 in TFLOP/s at 8,192 tokens against the portable
+kernel: docs/LOG.md has what else was tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fourfold.core.device import Feature
+from fourfold.kernels.nvidia.overlap import after_previous
+from fourfold.kernels.triton.linear import FEW_TOKENS, Operands, add_chunks, linear
+from fourfold.ops.registry import Kernel
+
+ROWS, WARPS = 64, 4  # of a tile
+PDL = True
+
+
+@gluon.jit
+def _copy_tokens(
+    x, s_x, buf_x, buf_s, block, T, TK: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr
+):
+    async_copy.async_copy_global_to_shared(buf_x.index(block % STAGES), x + block * TK)
+    if FP8:
+        async_copy.async_copy_global_to_shared(buf_s.index(block % STAGES), s_x + block * T)
+
+
+@gluon.jit
+def _block_scale(scales, index, E8M0: gl.constexpr):
+    if E8M0:
+        raw = gl.load(scales + index).to(gl.int32)
+        value = gl.where(raw == 0, 0x00400000, raw << 23).to(gl.float32, bitcast=True)
+    else:
+        value = gl.load(scales + index)
+    return value
+
+
+@gluon.jit(do_not_specialize=["T", "N", "BLOCKS"])
+def _tiles(
+    w, w_scale, x, x_scale, out, T, N, BLOCKS,
+    CHUNK: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr,
+    E8M0: gl.constexpr, TN: gl.constexpr, TT: gl.constexpr, NW: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """A [TN rows, TT tokens] tile of outᵀ; with SPLIT of one chunk's partial sums [CHUNKS, T, N].
+
+    Neighbours in the grid share rows of the weight. Plain products run one block behind their issue;
+    FP8 products are waited for, since their scales are applied outside the unit.
+    """
+    TK: gl.constexpr = 128 if FP8 else 64
+    AHEAD: gl.constexpr = STAGES - 1 if FP8 else STAGES - 2
+    dtype: gl.constexpr = w.dtype.element_ty
+    bits: gl.constexpr = 8 if FP8 else 16
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, TT, 256 // bits])
+    columns: gl.constexpr = gl.SliceLayout(0, mma)
+    layout: gl.constexpr = gl.BlockedLayout([1, 128 // bits], [4, 8], [NW, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [NW], [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, bits, 2)
+    buf_w = gl.allocate_shared_memory(dtype, [STAGES, TN, TK], shared)
+    buf_x = gl.allocate_shared_memory(dtype, [STAGES, TT, TK], shared)
+    buf_s = gl.allocate_shared_memory(gl.float32, [STAGES, TT], plain)
+
+    tiles_n, tiles_t = gl.cdiv(N, TN), gl.cdiv(T, TT)
+    width = GROUP * tiles_t
+    first = gl.program_id(0) // width * GROUP
+    rows = gl.minimum(tiles_n - first, GROUP)
+    tile_n = first + gl.program_id(0) % width % rows
+    tile_t = gl.program_id(0) % width // rows
+    begin, end = 0, CHUNKS
+    if SPLIT:
+        begin = gl.program_id(1)
+        end = begin + 1
+        out += begin.to(gl.int64) * T * N
+    stop = gl.minimum(end * CHUNK, BLOCKS)
+    K = BLOCKS * TK
+    # Rows and tokens beyond the last are the last again; they are not stored.
+    n = gl.minimum(tile_n * TN + gl.arange(0, TN, layout=gl.SliceLayout(1, layout)), N - 1)
+    k = gl.arange(0, TK, layout=gl.SliceLayout(0, layout))
+    w_ptr = gl.multiple_of(w + n.to(gl.int64)[:, None] * K + k[None, :], [1, 16])
+    w_scale += (tile_n * TN // 128) * BLOCKS
+    for s in gl.static_range(AHEAD):
+        block = begin * CHUNK + s
+        if block < stop:
+            async_copy.async_copy_global_to_shared(buf_w.index(block % STAGES), w_ptr + block * TK)
+    if FP8:
+        s_w = _block_scale(w_scale, begin * CHUNK, E8M0)
+    if PDL:
+        T = after_previous(T)
+    t = gl.minimum(tile_t * TT + gl.arange(0, TT, layout=gl.SliceLayout(1, layout)), T - 1)
+    x_ptr = gl.multiple_of(x + t.to(gl.int64)[:, None] * K + k[None, :], [1, 16])
+    s_ptr = x_scale + gl.minimum(tile_t * TT + gl.arange(0, TT, layout=flat), T - 1)
+    for s in gl.static_range(AHEAD):
+        block = begin * CHUNK + s
+        if block < stop:
+            _copy_tokens(x_ptr, s_ptr, buf_x, buf_s, block, T, TK, STAGES, FP8)
+        async_copy.commit_group()
+    zero = gl.zeros([TN, TT], gl.float32, layout=mma)
+    total = gl.zeros([TN, TT], gl.float32, layout=mma)
+    for chunk in range(begin, end):
+        acc = gl.zeros([TN, TT], gl.float32, layout=mma)
+        for block in range(chunk * CHUNK, gl.minimum((chunk + 1) * CHUNK, BLOCKS)):
+            async_copy.wait_group(AHEAD - 1)
+            fence_async_shared()
+            gl.thread_barrier()
+            a, b = buf_w.index(block % STAGES), buf_x.index(block % STAGES).permute((1, 0))
+            if FP8:
+                product = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+            else:
+                product = warpgroup_mma(a, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(product,))
+            ahead = block + AHEAD
+            if ahead < stop:
+                stage = ahead % STAGES
+                async_copy.async_copy_global_to_shared(buf_w.index(stage), w_ptr + ahead * TK)
+                _copy_tokens(x_ptr, s_ptr, buf_x, buf_s, ahead, T, TK, STAGES, FP8)
+            async_copy.commit_group()
+            if FP8:
+                scale = gl.expand_dims(buf_s.index(block % STAGES).load(columns) * s_w, 0)
+                s_w = _block_scale(w_scale, gl.minimum(block + 1, BLOCKS - 1), E8M0)
+                acc = gl.fma(warpgroup_mma_wait(0, deps=(product,)), scale, acc)
+        if not FP8:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        if SPLIT or CHUNKS == 1:
+            total = acc
+        else:
+            total += acc
+    async_copy.wait_group(0)
+    o_layout: gl.constexpr = gl.BlockedLayout([TN // 16, 1], [16, 2], [1, NW], [0, 1])
+    value = gl.convert_layout(total.to(out.dtype.element_ty), o_layout)
+    row = tile_n * TN + gl.arange(0, TN, layout=gl.SliceLayout(1, o_layout))
+    token = tile_t * TT + gl.arange(0, TT, layout=gl.SliceLayout(0, o_layout))
+    gl.store(
+        out + token.to(gl.int64)[None, :] * N + row[:, None],
+        value,
+        mask=(row < N)[:, None] & (token < T)[None, :],
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How products are cut: tokens a tile, copies in flight, blocks of rows that a wave shares."""
+
+    tokens: int
+    stages: int
+    group: int = 16
+
+
+def tile_shape(tokens: int, fp8: bool) -> Shape:
+    """The cut for a number of tokens."""
+    if tokens <= 64:
+        return Shape(max(triton.next_power_of_2(tokens), 8), 6)
+    return Shape(128, 3 if fp8 else 4)
+
+
+def products(o: Operands, out: Tensor) -> bool:
+    """Write `out [T, N]` if these products take the operands; see `Operands`."""
+    tokens, size = o.x.shape
+    rows = o.w.shape[0]
+    if size % o.block or o.x.dtype == torch.float32 or (o.w.data_ptr() | o.x.data_ptr()) % 16:
+        return False
+    split = tokens <= FEW_TOKENS and o.chunks > 1
+    target = out
+    if split:
+        target = torch.empty(o.chunks, tokens, rows, dtype=torch.float32, device=out.device)
+    shape = tile_shape(tokens, o.fp8)
+    grid = (-(-rows // ROWS) * -(-tokens // shape.tokens), o.chunks if split else 1)
+    _tiles[grid](
+        o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size // o.block,
+        CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=split, FP8=o.fp8,
+        E8M0=o.w_scale.dtype == torch.uint8, TN=ROWS, TT=shape.tokens, NW=WARPS,
+        STAGES=shape.stages, GROUP=shape.group, PDL=PDL, num_warps=WARPS, launch_pdl=PDL,
+    )  # fmt: skip
+    if split:
+        add_chunks(target, out)
+    return True
+
+
+KERNELS = (
+    Kernel(
+        "linear",
+        "sm90",
+        partial(linear, products=products),
+        frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA}),
+        priority=20,
+    ),
+)

@@ -1,0 +1,404 @@
+"""Hyper-connections for GPUs: the post step of one site and the pre step of the next in two launches.
+
+    streams   new X' = post·z + combᵀX, rounded and stored, its products with fn and Σ X'²: for 16 tokens and 64 dims of every stream at a time
+    finish    one program a token: pre, y = RMSNorm(Σ pre_i·X'_i);  one for 16 tokens: post, Sinkhorn
+
+The 64-dim chunks are added in order, whether one program walks through all of them (many tokens) or
+each chunk has a program of its own (few: fn must be read by many programs at once). Every sum over dims
+is a product of the matrix unit on tiles of one shape, so a token's result does not depend on the batch.
+With bfloat16 streams, fn is split into three bfloat16 parts whose sum is exactly fn; products are then
+exact and only their accumulation rounds, as in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.core.device import Feature
+from fourfold.ops.mhc import Site
+from fourfold.ops.registry import Kernel
+
+TOKENS = 16  # tokens a program of `_streams`
+DIMS = 64  # dims of each stream a chunk
+SPLIT_TOKENS = 2048  # up to here every chunk has programs of its own
+MIXERS = 16  # tokens a Sinkhorn program
+# Sums must round alike in every variant of a kernel: nothing is contracted but explicit tl.fma.
+EXACT = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _project(a, x, acc, WIDE: tl.constexpr):
+    """acc + a · x for `a [rows, d]` float32 and `x [d, tokens]` float32 (WIDE) or bfloat16."""
+    if WIDE:
+        acc = tl.dot(a, x, acc, input_precision="ieee")
+    else:
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(low, x, acc)
+        acc = tl.dot(middle, x, acc)
+        acc = tl.dot(high, x, acc)
+    return acc
+
+
+@triton.jit
+def _streams(
+    z,
+    streams,
+    post,
+    comb,
+    fn,
+    out,
+    parts,
+    T,
+    D,
+    CHUNKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    POST: tl.constexpr,
+    MIX: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """`out` = new streams (POST), `parts [CHUNKS or 1, T, WIDTH]` = sums of fn · X and Σ X² (MIX).
+
+    A row of `parts` holds ROWS products, then the sum of squares.
+    """
+    tokens = tl.program_id(0).to(tl.int64) * TT + tl.arange(0, TT)
+    live = tokens < T
+    row = tl.arange(0, WIDTH)
+    if POST:
+        gain = ()
+        mixer = ()
+        for j in tl.static_range(S):
+            gain = gain + (tl.load(post + tokens * S + j, mask=live, other=0.0)[None, :],)
+        for n in tl.static_range(S * S):
+            mixer = mixer + (tl.load(comb + tokens * S * S + n, mask=live, other=0.0)[None, :],)
+    products = tl.zeros((WIDTH, TT), dtype=tl.float32)
+    squares = tl.zeros((TT, TT), dtype=tl.float32)
+    first = tl.program_id(1) if SPLIT else 0
+    last = first + 1 if SPLIT else CHUNKS
+    WIDE: tl.constexpr = streams.dtype.element_ty == tl.float32
+    for chunk in range(first, last):
+        d = chunk * BD + tl.arange(0, BD)
+        inside = (d < D)[:, None] & live[None, :]
+        place = tokens[None, :] * (S * D) + d[:, None]
+        if POST:
+            x = ()
+            for i in tl.static_range(S):
+                value = tl.load(streams + place + i * D, mask=inside, other=0.0)
+                x = x + (value.to(tl.float32),)
+            y = tl.load(z + tokens[None, :] * D + d[:, None], mask=inside, other=0.0)
+            y = y.to(tl.float32)
+            for j in tl.static_range(S):
+                value = mixer[j] * x[0]
+                for i in tl.static_range(1, S):
+                    value = tl.fma(mixer[i * S + j], x[i], value)
+                value = tl.fma(gain[j], y, value).to(out.dtype.element_ty)
+                tl.store(out + place + j * D, value, mask=inside)
+            # Read back what was just written: carried over in registers, it would be computed again
+            # for every layout that the products need.
+            tl.debug_barrier()
+        if MIX:
+            acc = tl.zeros((WIDTH, TT), dtype=tl.float32)
+            square = tl.zeros((TT, TT), dtype=tl.float32)
+            for i in tl.static_range(S):
+                x_i = tl.load(out + place + i * D, mask=inside, other=0.0)
+                a = tl.load(
+                    fn + row[:, None] * (S * D) + i * D + d[None, :],
+                    mask=(row < ROWS)[:, None] & (d < D)[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+                acc = _project(a, x_i, acc, WIDE)
+                if WIDE:
+                    square = tl.dot(tl.trans(x_i), x_i, square, input_precision="ieee")
+                else:
+                    square = tl.dot(tl.trans(x_i), x_i, square)
+            products += acc
+            squares += square
+    if MIX:
+        place = tokens * WIDTH
+        if SPLIT:
+            place += tl.program_id(1).to(tl.int64) * T * WIDTH
+        tl.store(
+            parts + place[None, :] + row[:, None],
+            products,
+            mask=(row < ROWS)[:, None] & live[None, :],
+        )
+        own = tl.arange(0, TT)[:, None] == tl.arange(0, TT)[None, :]
+        # All but one addend of each column are zero: exact in any order.
+        tl.store(parts + place + ROWS, tl.sum(tl.where(own, squares, 0.0), axis=0), mask=live)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _pick(values, lane, index: tl.constexpr):
+    """Entry `index` of the last axis: all other addends are zero."""
+    return tl.sum(tl.where(lane == index, values, 0.0), axis=len(values.shape) - 1)
+
+
+@triton.jit
+def _read_streams(
+    token,
+    streams,
+    parts,
+    base,
+    scale,
+    norm,
+    y,
+    T,
+    D,
+    norm_eps,
+    hc_eps,
+    CHUNKS: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y of one token: RMSNorm(Σ (sigmoid(mix_i·scale₀ + base_i) + hc_eps)·X_i)."""
+    lane = tl.arange(0, WIDTH)
+    d = tl.arange(0, BLOCK)
+    x = ()
+    for i in tl.static_range(S):
+        place = token.to(tl.int64) * S * D + i * D + d
+        x = x + (tl.load(streams + place, mask=d < D, other=0.0),)
+    mix = tl.zeros((WIDTH,), dtype=tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        place = (chunk * T + token).to(tl.int64) * WIDTH
+        mix += tl.load(parts + place + lane, mask=lane <= ROWS, other=0.0)
+    inverse = tl.rsqrt(_pick(mix, lane, ROWS) / (S * D) + norm_eps)
+    first = tl.load(scale)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in tl.static_range(S):
+        logit = tl.fma(_pick(mix, lane, i) * inverse, first, tl.load(base + i).to(tl.float32))
+        weight = _sigmoid(logit) + hc_eps
+        total = tl.fma(weight + tl.zeros_like(total), x[i].to(tl.float32), total)
+    length = tl.rsqrt(tl.sum(total * total) / D + norm_eps)
+    weights = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+    value = (total * length * weights).to(y.dtype.element_ty)
+    tl.store(y + token.to(tl.int64) * D + d, value, mask=d < D)
+
+
+@triton.jit
+def _mix_streams(
+    tile,
+    parts,
+    base,
+    scale,
+    post,
+    comb,
+    T,
+    D,
+    norm_eps,
+    hc_eps,
+    iterations,
+    CHUNKS: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """post and comb of a tile of tokens; a token's S×S matrix is S² registers."""
+    tokens = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    live = tokens < T
+    lane = tl.arange(0, WIDTH)[None, :]
+    mix = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        place = (tokens + chunk * T)[:, None] * WIDTH
+        mix += tl.load(parts + place + lane, mask=live[:, None] & (lane <= ROWS), other=0.0)
+    inverse = tl.rsqrt(_pick(mix, lane, ROWS) / (S * D) + norm_eps)
+    second = tl.load(scale + 1) + tl.zeros_like(inverse)
+    third = tl.load(scale + 2) + tl.zeros_like(inverse)
+    for j in tl.static_range(S):
+        logit = tl.fma(
+            _pick(mix, lane, S + j) * inverse, second, tl.load(base + S + j).to(tl.float32)
+        )
+        tl.store(post + tokens * S + j, 2.0 * _sigmoid(logit), mask=live)
+    matrix = ()
+    for i in tl.static_range(S):
+        logits = ()
+        for j in tl.static_range(S):
+            offset = tl.load(base + 2 * S + i * S + j).to(tl.float32)
+            value = _pick(mix, lane, 2 * S + i * S + j) * inverse
+            logits = logits + (tl.fma(value, third, offset + tl.zeros_like(inverse)),)
+        top = logits[0]
+        for j in tl.static_range(1, S):
+            top = tl.maximum(top, logits[j], propagate_nan=tl.PropagateNan.ALL)
+        powers = ()
+        for j in tl.static_range(S):
+            powers = powers + (tl.exp(logits[j] - top),)
+        total = powers[0]
+        for j in tl.static_range(1, S):
+            total += powers[j]
+        for j in tl.static_range(S):
+            matrix = matrix + (powers[j] / total + hc_eps,)
+    matrix = _normalize(matrix, hc_eps, S, 1, S)
+    for _ in range(iterations - 1):
+        matrix = _normalize(matrix, hc_eps, S, S, 1)
+        matrix = _normalize(matrix, hc_eps, S, 1, S)
+    for n in tl.static_range(S * S):
+        tl.store(comb + tokens * S * S + n, matrix[n], mask=live)
+
+
+@triton.jit
+def _normalize(matrix, eps, S: tl.constexpr, LINE: tl.constexpr, STEP: tl.constexpr):
+    """Divide each of S lines by its sum plus eps: line a holds entries a·LINE + b·STEP."""
+    scales = ()
+    for a in tl.static_range(S):
+        total = matrix[a * LINE]
+        for b in tl.static_range(1, S):
+            total += matrix[a * LINE + b * STEP]
+        scales = scales + (1.0 / (total + eps),)
+    result = ()
+    for n in tl.static_range(S * S):
+        result = result + (matrix[n] * scales[(n // LINE) % S],)
+    return result
+
+
+@triton.jit
+def _finish(
+    streams,
+    parts,
+    base,
+    scale,
+    norm,
+    y,
+    post,
+    comb,
+    T,
+    D,
+    norm_eps,
+    hc_eps,
+    iterations,
+    CHUNKS: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    """Programs 0 … T−1 make y; the rest post and comb of TOKENS tokens each (not for HEAD)."""
+    program = tl.program_id(0)
+    if HEAD or program < T:
+        _read_streams(
+            program, streams, parts, base, scale, norm, y, T, D, norm_eps, hc_eps,
+            CHUNKS, S, ROWS, WIDTH, BLOCK,
+        )  # fmt: skip
+    else:
+        _mix_streams(
+            program - T, parts, base, scale, post, comb, T, D, norm_eps, hc_eps, iterations,
+            CHUNKS, S, ROWS, WIDTH, TOKENS,
+        )  # fmt: skip
+
+
+def _run_streams(
+    streams: Tensor,
+    fn: Tensor | None,
+    post_step: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """New streams (or the given ones) and `parts [chunks or 1, T, width]`, empty without `fn`."""
+    streams = streams.contiguous()
+    tokens, count, dim = streams.shape
+    rows = fn.shape[0] if fn is not None else 0
+    width = max(16, triton.next_power_of_2(rows + 1))
+    chunks = -(-dim // DIMS)
+    split = tokens <= SPLIT_TOKENS
+    device = streams.device
+    shape = (chunks if split else 1, tokens if fn is not None else 0, width)
+    parts = torch.empty(shape, dtype=torch.float32, device=device)
+    out = torch.empty_like(streams) if post_step else streams
+    z, post, comb = (each.contiguous() for each in post_step or (streams, parts, parts))
+    if tokens:
+        _streams[(-(-tokens // TOKENS), chunks if split else 1)](
+            z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
+            CHUNKS=chunks, SPLIT=split, POST=post_step is not None, MIX=fn is not None,
+            S=count, ROWS=rows, WIDTH=width, TT=TOKENS, BD=DIMS,
+            num_warps=4, num_stages=1, **EXACT,
+        )  # fmt: skip
+    return out, parts
+
+
+def _run_finish(
+    streams: Tensor,
+    parts: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor],
+    eps: tuple[float, float],
+    rows: int,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, post and comb from the sums; `iterations` 0 is the head, which has y only."""
+    tokens, count, dim = streams.shape
+    mixes = (tokens, count, count * count) if iterations else (0, 0, 0)
+    y = torch.empty(tokens, dim, dtype=streams.dtype, device=streams.device)
+    post = torch.empty(mixes[0], mixes[1], dtype=torch.float32, device=streams.device)
+    comb = torch.empty(mixes[0], count, count, dtype=torch.float32, device=streams.device)
+    if tokens:
+        base, scale, norm = parameters
+        _finish[(tokens + (-(-tokens // MIXERS) if iterations else 0),)](
+            streams, parts, base, scale, norm, y, post, comb, tokens, dim, *eps, iterations,
+            CHUNKS=parts.shape[0], S=count, ROWS=rows, WIDTH=parts.shape[2],
+            BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations,
+            num_warps=4, **EXACT,
+        )  # fmt: skip
+    return y, post, comb
+
+
+def _finish_site(streams: Tensor, parts: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = (site.base, site.scale.to(torch.float32), site.norm)
+    eps = (site.norm_eps, site.hc_eps)
+    return _run_finish(streams, parts, parameters, eps, site.fn.shape[0], site.iterations)
+
+
+def hc_pre(streams: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `hc_pre` (ops/mhc.py)."""
+    streams, parts = _run_streams(streams, site.fn)
+    return _finish_site(streams, parts, site)
+
+
+def hc_post(z: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """The op `hc_post` (ops/mhc.py)."""
+    return _run_streams(streams, None, (z, post, comb))[0]
+
+
+def hc_post_pre(
+    ops: object, z: Tensor, streams: Tensor, post: Tensor, comb: Tensor, site: Site
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op `hc_post_pre` (ops/mhc.py): `hc_post` and `hc_pre`, bit for bit."""
+    new, parts = _run_streams(streams, site.fn, (z, post, comb))
+    return (new, *_finish_site(new, parts, site))
+
+
+def hc_head(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+) -> Tensor:
+    """The op `hc_head` (ops/mhc.py)."""
+    streams, parts = _run_streams(streams, fn)
+    parameters = (base, scale.to(torch.float32), norm)
+    return _run_finish(streams, parts, parameters, (norm_eps, hc_eps), fn.shape[0], 0)[0]
+
+
+_NEEDS = frozenset({Feature.TRITON})
+KERNELS = (
+    Kernel("hc_pre", "triton", hc_pre, _NEEDS),
+    Kernel("hc_post", "triton", hc_post, _NEEDS),
+    Kernel("hc_post_pre", "triton", hc_post_pre, _NEEDS),
+    Kernel("hc_head", "triton", hc_head, _NEEDS),
+)

@@ -1,0 +1,146 @@
+"""What a kernel is compiled as: variants, recorded from the launches that ops make.
+
+    with record(ARCHS["sm_90"]) as variants:
+        plan.linear(x, weight)                # meta or CPU tensors of the shapes in question
+    [*variants]                               # what the launches ask to be compiled; nothing was
+
+Contract: there is no list of variants kept by hand. A `Variant` is what Triton would compile for a launch
+on that architecture: function, argument types, constants, what is known of the arguments, and options.
+`entry_points` finds the functions that can be launched, so that one never recorded shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from fourfold.core.device import Arch
+from fourfold.kernels.targets import stand_in
+
+Path = tuple[int, ...]  # of an argument; longer than one inside a tuple
+DIVISIBLE = ("tt.divisibility", 16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One binary of the function `module`.`name`.
+
+    `signature`: (parameter, type), constants as "constexpr"; `constants`: (path, value); `known`: (path,
+    facts) such as that an argument is divisible by 16; `options`: warps, stages and what else the
+    compiler takes.
+    """
+
+    module: str
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[Path, Any], ...]
+    known: tuple[tuple[Path, tuple[tuple[str, int], ...]], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def function(self) -> JITFunction[Any]:
+        """The function, imported."""
+        found: JITFunction[Any] = getattr(importlib.import_module(self.module), self.name)
+        return found
+
+    @property
+    def family(self) -> str:
+        """The file it stands in: `triton.linear`."""
+        return self.module.removeprefix("fourfold.kernels.")
+
+    def describe(self) -> str:
+        """Constants, types and facts in one line."""
+        names = [name for name, _ in self.signature]
+        constants = [f"{names[path[0]]}={value}" for path, value in self.constants]
+        types = [f"{name}:{kind}" for name, kind in self.signature if kind != "constexpr"]
+        divisible = [names[path[0]] for path, facts in self.known if DIVISIBLE in facts]
+        options = dict(self.options)
+        launch = [f"warps={options['num_warps']}", f"stages={options['num_stages']}"]
+        return " ".join([*constants, *launch, *types, f"/16: {','.join(divisible) or 'none'}"])
+
+    def divisible(self, all_of_them: bool) -> Variant:
+        """This variant with every argument known to be divisible by 16, or none.
+
+        What the function declares not to be specialised stays unknown.
+        """
+        known = {path: dict(facts) for path, facts in self.known}
+        for number, ((_, kind), parameter) in enumerate(
+            zip(self.signature, self.function.params, strict=True)
+        ):
+            facts = known.setdefault((number,), {})
+            facts.pop(DIVISIBLE[0], None)
+            fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            if all_of_them and not fixed and (kind.startswith("*") or kind[0] in "iu"):
+                facts[DIVISIBLE[0]] = DIVISIBLE[1]
+        return replace(self, known=_facts(known))
+
+
+def _facts(
+    known: dict[Path, dict[str, int]],
+) -> tuple[tuple[Path, tuple[tuple[str, int], ...]], ...]:
+    return tuple((path, tuple(facts.items())) for path, facts in sorted(known.items()) if facts)
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, all the way down: what JSON made of an option."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _variant(asked: Any, function: JITFunction[Any]) -> Variant:
+    """From what Triton tells of a compilation it is about to start."""
+    (known,) = asked["configs"]
+    options = json.loads(asked["specialization_data"])["options"]
+    facts = {path: dict(each) for path, each in known.items()}
+    return Variant(
+        function.__module__,
+        function.__name__,
+        tuple(asked["signature"].items()),
+        tuple(asked["constants"].items()),
+        _facts(facts),
+        tuple((name, _hashable(value)) for name, value in options.items()),
+    )
+
+
+@contextmanager
+def record(arch: Arch, label: Callable[[], str] = str) -> Iterator[dict[Variant, str]]:
+    """Collect the variants that launches inside the block would compile for `arch`, in order.
+
+    Each comes with what `label()` said when it was launched first. Nothing is compiled and nothing runs:
+    outputs stay as they were allocated.
+    """
+    found: dict[Variant, str] = {}
+
+    def note(*, fn: Any, compile: Any, **rest: Any) -> bool:
+        variant = _variant(compile, fn.jit_function)
+        if variant not in found:
+            found[variant] = label()
+        return True  # tells Triton not to compile
+
+    with stand_in(arch), knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = note
+        yield found
+
+
+def entry_points(module: str) -> dict[str, JITFunction[Any]]:
+    """The functions of a module that are launched: no other function there calls them."""
+    scope = vars(importlib.import_module(module))
+    own = {
+        name: value
+        for name, value in scope.items()
+        if isinstance(value, JITFunction) and value.__module__ == module
+    }
+    called = {
+        name
+        for name in own
+        for other in own.values()
+        if other is not own[name] and re.search(rf"\b{name}\(", other.src)
+    }
+    return {name: value for name, value in own.items() if name not in called}

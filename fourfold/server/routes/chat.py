@@ -1,0 +1,378 @@
+"""POST /v1/chat/completions, and POST /v1/chat/completions/render, which shows the prompt alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fourfold.core.errors import FourfoldError
+from fourfold.core.request import FinishReason
+from fourfold.server import sse
+from fourfold.server.call import Call
+from fourfold.server.errors import bad_request, engine_fault, from_failure, unsupported
+from fourfold.server.generation import Generation, Job, Piece
+from fourfold.server.sampling import (
+    SamplingFields,
+    expect_fit,
+    expect_labels,
+    sampling_params,
+    stream_options,
+)
+from fourfold.text import markers
+from fourfold.text.answer import Answer
+from fourfold.text.chat import ChatOptions, encode_chat, read_switches
+from fourfold.text.events import (
+    ContentDelta,
+    Event,
+    Finish,
+    ParsedMessage,
+    ReasoningDelta,
+    ToolArgumentsDelta,
+    ToolCallStart,
+    collect,
+)
+from fourfold.text.parse import TokenParser
+from fourfold.text.prompt import EncodedPrompt, PromptTokens
+
+
+class ChatRequest(SamplingFields, kw_only=True):
+    """The body of a chat completion. Messages, tools and formats are read by text/."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    thinking: bool | dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: bool | None = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat request, understood."""
+
+    request: ChatRequest
+    model: str
+    prompt: EncodedPrompt
+    tokens: PromptTokens
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """Alternatives asked for, None if no log probabilities are."""
+        return (self.request.top_logprobs or 0) if self.request.logprobs else None
+
+
+async def read_chat(call: Call, request: ChatRequest) -> Chat:
+    """Encode the conversation. Raises 400 or 404 naming what is wrong."""
+    serving = call.serving
+    model = serving.expect_model(request.model)
+    _expect_supported(request)
+    options = ChatOptions(
+        serving.profile,
+        continue_final_message=_continues(request),
+        tools=request.tools,
+        tool_choice=request.tool_choice,
+        response_format=request.response_format,
+        **_switches(request),
+    )
+    size = call.held_bytes
+
+    def encode() -> tuple[EncodedPrompt, PromptTokens]:
+        prompt = encode_chat(request.messages, options)
+        if serving.cannot_fit(len(prompt.text)):
+            raise bad_request(
+                f"the prompt of {len(prompt.text)} characters exceeds the context of "
+                f"{serving.info.max_model_len} tokens",
+                "messages",
+                "context_length_exceeded",
+            )
+        return prompt, prompt.tokenize(serving.tokenizer)
+
+    prompt, tokens = await serving.tokenising(size, encode)
+    return Chat(request, model, prompt, tokens)
+
+
+def _expect_supported(request: ChatRequest) -> None:
+    expect_labels(request)
+    if request.store:
+        raise unsupported("store", "is not supported: nothing is stored")
+    kind = (request.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise unsupported("response_format.type", "other than text is not supported yet")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise bad_request("max_tokens and max_completion_tokens are the same: give one")
+
+
+def _continues(request: ChatRequest) -> bool:
+    continues = bool(request.continue_final_message)
+    adds = request.add_generation_prompt
+    if adds and continues:
+        raise bad_request(
+            "add_generation_prompt and continue_final_message cannot both be true",
+            "continue_final_message",
+        )
+    if adds is False and not continues:
+        raise unsupported("add_generation_prompt", "false needs continue_final_message")
+    return continues
+
+
+def _switches(request: ChatRequest) -> dict[str, Any]:
+    """Thinking's switches, which may stand in the request or in its template arguments."""
+    switches = read_switches(request.chat_template_kwargs)
+    for name in ("thinking", "reasoning_effort"):
+        given = getattr(request, name)
+        if given is None:
+            continue
+        if switches.get(name) not in (None, given):
+            raise bad_request(f"{name} and chat_template_kwargs.{name} contradict each other", name)
+        switches[name] = given
+    return switches
+
+
+def chat_job(call: Call, chat: Chat) -> Job:
+    """How to run it. Raises 400 for what cannot be run."""
+    serving, request, prompt = call.serving, chat.request, chat.prompt
+    limit = request.max_completion_tokens
+    limit = request.max_tokens if limit is None else limit
+    params = sampling_params(request, serving.defaults, limit, chat.top_logprobs)
+    forced = tuple(prompt.forced_ids(serving.tokenizer))
+    expect_fit((*chat.tokens.token_ids, *forced), params, serving.info)
+    end_think = None
+    if forced and prompt.ends_in_reasoning:
+        if params.n > 1:
+            raise unsupported(
+                "n", "above 1 together with tool_choice and thinking is not supported"
+            )
+        end_think = serving.tokenizer.special_id(markers.END_THINK)
+    header = chat.tokens.header_position
+
+    def parser() -> TokenParser:
+        return TokenParser(
+            serving.tokenizer,
+            prompt.start,
+            prompt.parse_tools,
+            stop=params.stop,
+            include_stop=bool(request.include_stop_str_in_output),
+            min_tokens=params.min_tokens,
+        )
+
+    return Job(
+        chat.tokens.token_ids,
+        params,
+        parser,
+        call.request_id,
+        request.cache_salt,
+        () if header is None else (header,),
+        forced,
+        end_think,
+        single_call=request.parallel_tool_calls is False,
+    )
+
+
+async def chat_completions(call: Call) -> None:
+    """Answer a conversation."""
+    call.serving.expect_ready().check()
+    request = await call.read(ChatRequest)
+    options = stream_options(request)
+    admission = call.serving.expect_ready()
+    with admission.ticket(_sequences(request)) as ticket:
+        chat = await read_chat(call, request)
+        job = chat_job(call, chat)
+        ticket.wait_with(len(job.prompt))
+        generation = Generation(call.serving, job, ticket, call.arrived)
+        reply = _Reply(call, chat, generation)
+        try:
+            if request.stream:
+                usage = options.include_usage, options.continuous_usage_stats
+                await call.stream(reply.events(*usage))
+            else:
+                await call.json(await call.attached(reply.whole()))
+        finally:
+            call.note_usage(generation.usage, generation.first_token, reply.reasons)
+
+
+def _sequences(request: ChatRequest) -> int:
+    """How many sequences the request asks for, before anything is checked."""
+    return request.n if request.n is not None and request.n > 0 else 1
+
+
+async def render(call: Call) -> None:
+    """The prompt that a chat request makes, as text and tokens."""
+    call.serving.expect_ready()
+    request = await call.read(ChatRequest)
+    chat = await read_chat(call, request)
+    chat_job(call, chat)
+    forced = chat.prompt.forced_ids(call.serving.tokenizer)
+    await call.json(
+        {
+            "prompt": chat.prompt.text,
+            "token_ids": list(chat.tokens.token_ids),
+            "count": len(chat.tokens.token_ids),
+            "forced_token_ids": forced,
+        }
+    )
+
+
+class _Reply:
+    """Turns a generation into a response or its chunks."""
+
+    def __init__(self, call: Call, chat: Chat, generation: Generation) -> None:
+        self._call, self._chat, self._generation = call, chat, generation
+        self._texts = call.serving.texts
+        self._head = {
+            "id": f"chatcmpl-{call.request_id}",
+            "created": int(time.time()),
+            "model": chat.model,
+        }
+        self.reasons: list[str] = []
+
+    async def whole(self) -> dict[str, Any]:
+        """The response. Raises 500 for an answer whose numbers were not finite."""
+        generation = self._generation
+        events: list[list[Event]] = [[] for _ in generation.answers]
+        logprobs: list[dict[str, Any] | None] = [None for _ in generation.answers]
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                events[piece.index] += piece.events
+                found = self._logprobs(piece)
+                known = logprobs[piece.index]
+                if known is not None and found is not None:
+                    for name, entries in found.items():
+                        known[name] += entries
+                else:
+                    logprobs[piece.index] = found or known
+        choices = []
+        for index, answer in enumerate(generation.answers):
+            if answer.reason is FinishReason.ERROR:
+                raise engine_fault(f"engine fault: {answer.error}", "nonfinite_logits")
+            message = collect(events[index])
+            self.reasons.append(message.finish_reason or "error")
+            choices.append(
+                {
+                    "index": index,
+                    "message": _message(message),
+                    "logprobs": logprobs[index],
+                    "finish_reason": message.finish_reason,
+                    "stop_reason": answer.stop_reason,
+                }
+            )
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": generation.usage.body(),
+        }
+
+    async def events(self, usage: bool, continuous: bool) -> AsyncGenerator[bytes, None]:
+        """The chunks of a stream."""
+        generation = self._generation
+        fault: Answer | None = None
+        begun: set[int] = set()
+        try:
+            async with aclosing(generation.pieces()) as pieces:
+                async for piece in pieces:
+                    for chunk in self._chunks(piece, piece.index not in begun):
+                        if continuous:
+                            chunk["usage"] = generation.usage.body()
+                        yield sse.data(chunk)
+                    begun.add(piece.index)
+                    answer = generation.answers[piece.index]
+                    fault = answer if answer.reason is FinishReason.ERROR else fault
+            if fault is not None:
+                yield sse.data(
+                    engine_fault(f"engine fault: {fault.error}", "nonfinite_logits").body
+                )
+        except FourfoldError as error:
+            if not begun:
+                raise  # nothing has been sent: it can be an ordinary answer
+            yield sse.data(from_failure(error).body)
+        if usage:
+            yield sse.data(self._chunk([]) | {"usage": generation.usage.body()})
+        yield sse.DONE
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+
+    def _chunks(self, piece: Piece, first: bool) -> list[dict[str, Any]]:
+        chunks: list[dict[str, Any]] = []
+        if first:
+            chunks.append(self._delta(piece.index, {"role": "assistant", "content": ""}))
+        deltas = [delta for event in piece.events if (delta := _delta(event)) is not None]
+        logprobs = self._logprobs(piece)
+        if logprobs is not None and not deltas and any(logprobs.values()):
+            deltas = [{}]  # tokens whose text is held back are told all the same
+        for position, delta in enumerate(deltas):
+            chunk = self._delta(piece.index, delta)
+            if position == 0:
+                chunk["choices"][0]["logprobs"] = logprobs
+            chunks.append(chunk)
+        for event in piece.events:
+            if isinstance(event, Finish):
+                self.reasons.append(event.reason)
+                answer = self._generation.answers[piece.index]
+                chunk = self._delta(piece.index, {})
+                chunk["choices"][0] |= {
+                    "finish_reason": event.reason,
+                    "stop_reason": answer.stop_reason,
+                }
+                chunks.append(chunk)
+        return chunks
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._chunk([choice])
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        top = self._chat.top_logprobs
+        if top is None:
+            return None
+        entries = self._texts.chat_entries(piece.logprobs, top)
+        split = piece.num_reasoning
+        return {"content": entries[split:], "reasoning_content": entries[:split]}
+
+
+def _message(message: ParsedMessage) -> dict[str, Any]:
+    body: dict[str, Any] = {"role": "assistant", "content": message.content}
+    if message.reasoning is not None:
+        body |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
+    if message.tool_calls:
+        body["tool_calls"] = [
+            {
+                "id": each.call_id,
+                "type": "function",
+                "function": {"name": each.name, "arguments": each.arguments},
+            }
+            for each in message.tool_calls
+        ]
+    return body
+
+
+def _delta(event: Event) -> dict[str, Any] | None:
+    """What a chunk says of an event, None if nothing."""
+    match event:
+        case ReasoningDelta(text):
+            return {"reasoning_content": text, "reasoning": text}
+        case ContentDelta(text):
+            return {"content": text}
+        case ToolCallStart(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": call_id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case ToolArgumentsDelta(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        case _:
+            return None

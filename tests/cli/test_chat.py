@@ -1,0 +1,119 @@
+"""`fourfold chat` against a stub server: what is said, what is remembered, how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fourfold.cli.chat import Conversation, Server, Terminal
+from fourfold.server.settings import ServerSettings
+from tests.server.http import Site, site
+
+
+@pytest.fixture
+def web() -> Iterator[Site]:
+    with site() as found:
+        found.says("I think", "</think>", "\n\nHello")
+        yield found
+
+
+def typed(*lines: str | type[BaseException]) -> Callable[[str], str]:
+    left = list(lines)
+
+    def read(prompt: str) -> str:
+        if not left:
+            raise EOFError
+        line = left.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    return read
+
+
+def talk(web: Site, *lines: str | type[BaseException], key: str | None = None) -> Conversation:
+    terminal = Terminal(
+        Server(f"http://127.0.0.1:{web.port}/v1", key), Conversation(), typed(*lines)
+    )
+    terminal.run()
+    return terminal.talk
+
+
+def prompt(web: Site, number: int = -1) -> str:
+    return web.engine.tokenizer.decode(web.engine.requests[number].prompt_token_ids)
+
+
+def test_questions_and_answers_are_remembered(
+    web: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = talk(web, "hi", "and \\", "more")
+    out = capsys.readouterr().out
+    assert "I think" in out
+    assert "Hello" in out
+    assert "tokens in, 4 of them cached" in out
+    assert [m["role"] for m in found.messages] == ["user", "assistant"] * 2
+    assert found.messages[1]["reasoning_content"] == "I think"
+    assert found.messages[2]["content"] == "and \nmore"
+    assert "</think>Hello" in prompt(web)
+
+
+def test_commands(web: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    web.says("at once")
+    found = talk(
+        web, "/nothink", "/system Be brief.", "one", "two", "/undo", "/history", "/help",
+        "/nothing", "", "/think", "/effort max", "three", "/clear", "/quit", "never",
+    )  # fmt: skip
+    assert found.messages == []
+    assert len(web.engine.requests) == 3
+    assert "</think>" in prompt(web, 0)
+    assert "Be brief." in prompt(web, 0)
+    assert "Beyond maximum" in prompt(web)
+    assert "two" not in prompt(web)
+    shown = capsys.readouterr()
+    assert "user: one" in shown.out
+    assert "there is no /nothing" in shown.err
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(
+    web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.engine.pace = 0.02
+    web.says("word " * 300)
+    shown = Terminal._show
+    count = 0
+
+    def interrupted(delta: dict[str, str], texts: dict[str, list[str]]) -> None:
+        nonlocal count
+        count += 1
+        shown(delta, texts)
+        if count == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Terminal, "_show", staticmethod(interrupted))
+    found = talk(web, "hi", KeyboardInterrupt)
+    assert len(found.messages) == 2
+    assert found.messages[1]["reasoning_content"]
+    for _ in range(200):
+        if not web.engine.running:
+            break
+        web.get("/live")
+    assert web.engine.running == 0
+
+
+def test_a_refusal_is_told_and_the_question_taken_back(
+    web: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = talk(web, "/effort huge", "hi")
+    assert found.messages == []
+    assert "400: reasoning_effort" in capsys.readouterr().err
+
+
+def test_keys_and_absent_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    with site(ServerSettings(api_keys=("k",))) as web:
+        web.says("yes")
+        assert talk(web, "hi").messages == []
+        assert "401" in capsys.readouterr().err
+        assert len(talk(web, "hi", key="k").messages) == 2
+    assert talk(web, "hi").messages == []
+    assert "does not answer" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""Sparse attention in the interpreter: against the body; alone, in a batch, chunked, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold.core.errors import KernelError
+from fourfold.core.row_format import RowFormat, RowKind
+from fourfold.core.rows import RowPages
+from fourfold.ops.attention import sparse_attention as body
+from tests.kernels import interpreter
+from tests.kernels.cached import PADDING, Cached
+from tests.kernels.interpreter import (
+    assert_close,
+    assert_equals_body,
+    driver,
+    interpreted,
+    poisoned,
+)
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.full
+
+
+@driver
+def test_in_the_interpreter() -> None:
+    interpreter.run(__file__)
+
+
+def kernel() -> Any:
+    """Small spans, so that a few dozen rows are several of them."""
+    from fourfold.kernels.triton import attention
+
+    return partial(attention.sparse_attention, shape=attention.Shape(16, 16, 64, 4, 1))
+
+
+@interpreted
+@pytest.mark.parametrize("split", [False, True], ids=["walk", "split"])
+def test_equals_the_body(split: bool) -> None:
+    from fourfold.kernels.triton.attention import KERNELS
+
+    compact = next(k for k in KERNELS if k.name == "triton")
+    run = partial(kernel(), split=split) if split else partial(compact.run, split=False)
+    assert_equals_body(replace(compact, run=run))
+
+
+RATIOS = {"window": 0, "CSA": 4, "HCA": 128}
+
+
+def sequence(kind: RowKind, name: str, base: int, dtype: torch.dtype) -> Cached:
+    topk = 21 if name == "CSA" else None
+    return Cached.make(60, base=base, ratio=RATIOS[name], topk=topk, kind=kind, dtype=dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [RowKind.PLAIN, RowKind.FP8_GROUPS], ids=lambda k: k.value)
+@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize("base", [0, 3000])
+def test_a_token_does_not_depend_on_chunks_or_batch(
+    kind: RowKind, name: str, base: int, dtype: torch.dtype
+) -> None:
+    """One run; cut in three; single tokens in one batch between padding; alone. Both launch forms."""
+    if dtype == torch.bfloat16 and name == "HCA":
+        pytest.skip("the arithmetic is CSA's")
+    cached, run = sequence(kind, name, base, dtype), kernel()
+    with poisoned():
+        whole: Tensor = run(**cached.step([(base, 60)]), split=False)
+        expected = body(**cached.step([(base, 60)]))
+        assert_close(whole, expected, 2e-5 if dtype == torch.float32 else 1.6e-2)
+        chunks = [(base, 13), (base + 13, 30), (base + 43, 17)]
+        cut = [
+            run(**cached.step([c]), split=s)
+            for c, s in zip(chunks, (True, False, True), strict=True)
+        ]
+        assert torch.equal(torch.cat(cut), whole)
+        lanes = [(base + 59, 1), PADDING, (base + 7, 3), (base, 1), PADDING]
+        for split in (False, True):
+            got = run(**cached.step(lanes), split=split)
+            assert torch.equal(got[[0, 2, 3, 4, 5]], whole[[59, 7, 8, 9, 0]])
+            assert torch.equal(run(**cached.step([(base + 59, 1)]), split=split)[0], whole[59])
+
+
+@interpreted
+def test_not_a_number_stays_in_its_token_and_head() -> None:
+    cached = sequence(RowKind.FP8_GROUPS, "CSA", 200, torch.float32)
+    run, arguments = kernel(), cached.step([(200, 6)])
+    clean = run(**arguments, split=False)
+    arguments["q"][2, 1, 5] = float("nan")
+    for split in (False, True):
+        got = run(**arguments, split=split)
+        assert torch.isnan(got[2, 1]).all()
+        got[2, 1] = clean[2, 1]
+        assert torch.equal(got, clean)
+
+
+@interpreted
+def test_a_sink_of_minus_infinity_takes_nothing() -> None:
+    cached = sequence(RowKind.PLAIN, "HCA", 300, torch.float32)
+    arguments = cached.step([(300, 3)])
+    arguments["sink"] = torch.tensor([float("-inf"), 1e4, -1e4, 0.0])
+    for split in (False, True):
+        assert_close(kernel()(**arguments, split=split), body(**arguments), 2e-5)
+
+
+@interpreted
+def test_rows_of_two_formats_are_refused() -> None:
+    cached = sequence(RowKind.PLAIN, "CSA", 0, torch.float32)
+    arguments = cached.step([(0, 3)])
+    other = RowFormat(RowKind.FP8_GROUPS, 80, 16)
+    arguments["ring"] = RowPages.zeros(other, 1, 23, torch.device("cpu"))
+    with pytest.raises(KernelError, match="must be stored as"):
+        kernel()(**arguments)
