@@ -4,11 +4,12 @@ Contract: one command, one module, and one line here. Importing this loads no to
 what it needs when it runs.
 """
 
-from fourfold.cli import chat, generate, serve, synth
+from fourfold.cli import chat, compile, generate, serve, synth
 from fourfold.cli.group import main
 
 for _command in (
     chat.chat,
+    compile.compile_,
     generate.generate,
     serve.serve,
     synth.synth,

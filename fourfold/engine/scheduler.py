@@ -246,17 +246,16 @@ class Scheduler:
         that are not in `runs` may be preempted (None: nobody may)."""
         flight, known = sequence.flight, len(sequence.token_ids)
         if flight is None:
-            begin, most, num_drafts = known - 1, known, len(sequence.drafts)
+            begin, most = known - 1, known
         else:
-            begin, most, num_drafts = sequence.next_begin, sequence.most_tokens, 0
+            begin, most = sequence.next_begin, sequence.most_tokens
             if flight.samples:
-                # Of what remains one is in flight, and after the last one nothing is drafted.
-                num_drafts = min(self.limits.num_drafts, sequence.total - known - 2)
-                if num_drafts < 0:
-                    return None
+                if known + 1 >= sequence.total:
+                    return None  # the token in flight is its last
                 if sequence.needs_tokens:
                     raise _Unknown
-        count = 1 + num_drafts if num_drafts < budget else budget
+        # As many drafts as there are, even where fewer could stand: steps of one shape are captured.
+        count = min(1 + self.limits.num_drafts, budget)
         if not count or not self._get_pages(sequence, most - 1 + count, runs):
             return None
         return Run(sequence, begin, count, True, count - 1, True)

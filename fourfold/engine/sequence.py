@@ -122,15 +122,13 @@ class Sequence:
         `drafts` guess on from there. Why the sequence is over, None while it is not."""
         self.num_computed_tokens += standing
         if not sampled:
-            self.fold_version, self.drafts = 0, ()
+            self.fold_version = 0
             return None
-        self.fold_version = len(sampled) - 1
+        self.fold_version, self.drafts = len(sampled) - 1, drafts
         self.token_ids += sampled
         if self.mask is not None:
             self.mask.commit(sampled)
         room = self.max_tokens - len(self.token_ids) + self.num_prompt_tokens
-        # The token after the last one is sampled anyway.
-        self.drafts = drafts[: max(room - 1, 0)] if drafts else ()
         if sampled[-1] in self.stop_ids:
             return FinishReason.STOP
         return None if room else FinishReason.LENGTH

@@ -47,14 +47,20 @@ class Compressor:
         ops, emission = self.ops, batch.emissions[self.ratio]
         kv = ops.linear(y, self.wkv, unrounded=True)
         gate = ops.linear(y, self.wgate, unrounded=True)
-        pooled, kept = ops.compress(
-            kv, gate, self.ape, state.folds, batch, emission, self.ratio, y.dtype
+        rows: RowPages = ops.compress_rows(
+            kv,
+            gate,
+            self.ape,
+            self.norm,
+            self.inv_freq,
+            self.eps,
+            state.pages,
+            state.folds,
+            batch,
+            emission,
+            self.ratio,
+            y.dtype,
         )
-        rows = ops.norm_rope_rows(
-            pooled, self.norm, emission.positions, self.inv_freq, self.eps, state.pages.format
-        )
-        ops.store_rows(state.pages, rows, emission.slots)
-        ops.store_folds(state.folds, kept, batch.fold_targets)
         return rows
 
 

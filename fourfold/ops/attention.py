@@ -30,31 +30,52 @@ from fourfold.ops.rows import encode_rows, read_rows, store_rows
 _TILE = 1 << 25  # scores held at once
 
 
+def _case(
+    make: CaseMaker,
+    name: str,
+    format: RowFormat,
+    ratio: int,
+    *,
+    heads: int = 4,
+    window: int = 20,
+    topk: int = 5,
+    size: float = 1.0,
+) -> Case:
+    """A batch as `paged_case` makes it; rows are `size` times, queries 1 / `size` times normal."""
+    batch, pages = paged_case(make, format, ratio or 4, size)
+    ring, dim = RowPages.zeros(format, 3, 24, make.device), format.dim
+    rows = encode_rows(make.randn(72, dim, scale=size), format)
+    store_rows(ring, rows, torch.arange(72, device=make.device))
+    visible = (batch.positions + 1) // 4
+    listed = torch.arange(topk, device=make.device).expand(batch.num_tokens, topk)
+    listed = torch.where(listed < visible.unsqueeze(-1), listed, -1)
+    return Case(
+        name,
+        {
+            "q": make.randn(batch.num_tokens, heads, dim, scale=1 / size),
+            "sink": make.randn(heads),
+            "own": encode_rows(make.randn(batch.num_tokens, dim, scale=size), format),
+            "ring": ring,
+            "pages": pages if ratio else None,
+            "listed": listed if ratio == 4 else None,
+            "batch": batch,
+            "window": window,
+            "ratio": ratio,
+        },
+    )
+
+
 def _cases(make: CaseMaker) -> Iterator[Case]:
+    stored = dtype_name(make.dtype)
     for name, kind in (("plain", RowKind.PLAIN), ("fp8", RowKind.FP8_GROUPS)):
-        format = RowFormat(kind, 80, 16, dtype_name(make.dtype))
+        format = RowFormat(kind, 80, 16, stored)
         for ratio in (0, 4, 128):
-            batch, pages = paged_case(make, format, ratio or 4)
-            ring = RowPages.zeros(format, 3, 24, make.device)
-            rows = encode_rows(make.randn(72, 80), format)
-            store_rows(ring, rows, torch.arange(72, device=make.device))
-            visible = (batch.positions + 1) // 4
-            listed = torch.arange(5, device=make.device).expand(batch.num_tokens, 5)
-            listed = torch.where(listed < visible.unsqueeze(-1), listed, -1)
-            yield Case(
-                f"{name} rows, ratio {ratio}",
-                {
-                    "q": make.randn(batch.num_tokens, 4, 80),
-                    "sink": make.randn(4),
-                    "own": encode_rows(make.randn(batch.num_tokens, 80), format),
-                    "ring": ring,
-                    "pages": pages if ratio else None,
-                    "listed": listed if ratio == 4 else None,
-                    "batch": batch,
-                    "window": 20,
-                    "ratio": ratio,
-                },
-            )
+            yield _case(make, f"{name} rows, ratio {ratio}", format, ratio)
+        yield _case(make, f"{name} rows, a longer list", format, 4, heads=3, topk=70)
+        yield _case(make, f"{name} rows, a window of one", format, 4, heads=1, window=1)
+    ragged = RowFormat(RowKind.FP8_GROUPS, 150, 22)
+    yield _case(make, "fp8 rows, ragged", ragged, 4, heads=17, window=24, topk=33)
+    yield _case(make, "fp8 rows, huge", RowFormat(RowKind.FP8_GROUPS, 80, 16), 4, size=1e30)
 
 
 @op(_cases, tolerance=Tolerance(float32=2e-5))

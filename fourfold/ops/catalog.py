@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fourfold.ops.attention import sparse_attention
 from fourfold.ops.checks import nonfinite_sequences
-from fourfold.ops.compressor import compress, store_folds
+from fourfold.ops.compressor import compress, compress_rows, store_folds
 from fourfold.ops.indexer import index_topk
 from fourfold.ops.linear import embed, grouped_output, linear
 from fourfold.ops.mhc import hc_head, hc_post, hc_post_pre, hc_pre
@@ -38,6 +38,7 @@ OPS: tuple[Op, ...] = (
     store_rows,
     compress,
     store_folds,
+    compress_rows,
     index_topk,
     sparse_attention,
     grouped_output,

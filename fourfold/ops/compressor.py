@@ -16,6 +16,7 @@ chunking and any rollback to a kept fold is bit-equal. Pure; `store_folds` is th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,11 @@ from fourfold.core.batch import (
     ScheduledSequence,
     lower,
 )
-from fourfold.core.tensor import accumulate_dtype
+from fourfold.core.row_format import RowFormat, RowKind, rows_per_page
+from fourfold.core.rows import RowPages
+from fourfold.core.tensor import accumulate_dtype, dtype_name
 from fourfold.ops.registry import Case, CaseMaker, Tolerance, op
+from fourfold.ops.rope import inverse_frequencies
 
 
 def fold_step(fold: Tensor, gate: Tensor, value: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ def fold_runs(start: Tensor, gate: Tensor, value: Tensor, first: Tensor, count: 
     return torch.cat(folds)[torch.argsort(torch.cat(tokens))]
 
 
-def _case(make: CaseMaker, ratio: int, series: int, width: int) -> dict[str, object]:
+def _case(make: CaseMaker, ratio: int, series: int, width: int) -> dict[str, Any]:
     lengths, computed = (1, 2 * ratio + 3, ratio), (0, ratio + 1, 2 * ratio - 1)
     batch = lower(
         ScheduledBatch(
@@ -171,3 +175,58 @@ def store_folds(folds: Tensor, kept: Tensor, targets: Tensor) -> None:
     """Write `kept[i]` to `folds[targets[i]]`; −1 writes nowhere."""
     kept_rows = (targets >= 0).nonzero().squeeze(-1)
     folds[targets[kept_rows]] = kept[kept_rows].detach()
+
+
+def _rows_cases(make: CaseMaker) -> Iterator[Case]:
+    for name, kind, ratio, series in (
+        ("plain, two series of 4", RowKind.PLAIN, 4, 2),
+        ("fp8, two series of 4", RowKind.FP8_GROUPS, 4, 2),
+        ("fp8 whole, two series of 4", RowKind.FP8_WHOLE, 4, 2),
+        ("fp8, one series of 128", RowKind.FP8_GROUPS, 128, 1),
+    ):
+        format = RowFormat(kind, 80, 16, dtype_name(make.dtype))
+        yield Case(
+            name,
+            {
+                **_case(make, ratio, series, 80),
+                "norm": 1 + make.randn(80, scale=0.1),
+                "inv_freq": inverse_frequencies(16, 10000.0, None).to(make.device),
+                "eps": 1e-6,
+                "pages": RowPages.zeros(format, 6, rows_per_page(ratio), make.device),
+            },
+        )
+
+
+@op(
+    _rows_cases,
+    composite=True,
+    writes=("pages", "folds"),
+    tolerance=Tolerance(float32=5e-5),
+)
+def compress_rows(
+    ops: Any,
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+    pages: RowPages,
+    folds: Tensor,
+    batch: ForwardBatch,
+    emission: Emission,
+    ratio: int,
+    out_dtype: torch.dtype,
+) -> RowPages:
+    """Pool this step's tokens, write the rows they complete to `pages` and the kept folds to `folds`.
+
+    `compress`, `norm_rope_rows` at `emission.positions`, `store_rows` and `store_folds` in one; the
+    encoded rows of all candidates are returned.
+    """
+    pooled, kept = ops.compress(kv, gate, ape, folds, batch, emission, ratio, out_dtype)
+    rows: RowPages = ops.norm_rope_rows(
+        pooled, norm, emission.positions, inv_freq, eps, pages.format
+    )
+    ops.store_rows(pages, rows, emission.slots)
+    ops.store_folds(folds, kept, batch.fold_targets)
+    return rows

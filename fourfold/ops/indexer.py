@@ -43,8 +43,13 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return order[:, :count].sort(dim=-1).values
 
 
-def paged_case(make: CaseMaker, format: RowFormat, ratio: int) -> tuple[ForwardBatch, RowPages]:
-    """A batch of three sequences and the pages their compressed rows lie in, scattered."""
+def paged_case(
+    make: CaseMaker, format: RowFormat, ratio: int, size: float = 1.0
+) -> tuple[ForwardBatch, RowPages]:
+    """A batch of three sequences and the pages their compressed rows lie in, scattered.
+
+    A prompt's start, a run of drafts and one token; rows are `size` times normal.
+    """
     runs = ((0, 30), (41, 3), (300, 1))
     pages = ((4,), (2,), (5, 1))
     batch = lower(
@@ -60,7 +65,7 @@ def paged_case(make: CaseMaker, format: RowFormat, ratio: int) -> tuple[ForwardB
     )
     per_page = rows_per_page(ratio)
     stored = RowPages.zeros(format, 6, per_page, make.device)
-    rows = encode_rows(make.randn(6 * per_page, format.dim), format)
+    rows = encode_rows(make.randn(6 * per_page, format.dim, scale=size), format)
     store_rows(stored, rows, torch.arange(6 * per_page, device=make.device))
     return batch, stored
 
@@ -69,20 +74,25 @@ def _cases(make: CaseMaker) -> Iterator[Case]:
     formats = {
         "plain": RowFormat(RowKind.PLAIN, 32, 8, dtype_name(make.dtype)),
         "fp8": RowFormat(RowKind.FP8_WHOLE, 32, 8),
+        "ragged fp8": RowFormat(RowKind.FP8_WHOLE, 44, 8),
     }
     for name, format in formats.items():
-        batch, keys = paged_case(make, format, 4)
-        yield Case(
-            name,
-            {
-                "q": make.randn(batch.num_tokens, 8, 32),
-                "weights": make.randn(batch.num_tokens, 8, dtype=accumulate_dtype(make.dtype)),
+        for heads, topk in ((8, 6), (3, 1), (17, 40)):
+            batch, keys = paged_case(make, format, 4)
+            inputs = {
+                "q": make.randn(batch.num_tokens, heads, format.dim),
+                "weights": make.randn(batch.num_tokens, heads, dtype=accumulate_dtype(make.dtype)),
                 "keys": keys,
                 "batch": batch,
                 "ratio": 4,
-                "topk": 6,
-            },
-        )
+                "topk": topk,
+            }
+            yield Case(f"{name}, {heads} heads, {topk} rows", inputs)
+        # Scores that are all zero, all NaN, or infinite: the lower rows are taken.
+        weights = inputs["weights"].clone()
+        weights[::3], weights[1::3, 0], weights[2::6] = 0.0, float("nan"), float("-inf")
+        yield Case(f"{name}, scores alike", {**inputs, "weights": weights, "topk": 20})
+        yield Case(f"{name}, huge queries", {**inputs, "q": inputs["q"] * 1e30})
 
 
 @op(_cases, differentiable=False)

@@ -19,7 +19,16 @@ from starlette.types import ASGIApp
 from fourfold.server.call import Endpoint, Handler
 from fourfold.server.errors import ApiError
 from fourfold.server.gate import Gate
-from fourfold.server.routes import chat, completions, docs, messages, status, tokens
+from fourfold.server.routes import (
+    chat,
+    completions,
+    docs,
+    messages,
+    page,
+    responses,
+    status,
+    tokens,
+)
 from fourfold.server.serving import Serving
 
 
@@ -45,6 +54,10 @@ OPERATIONS = (
         completions.CompletionRequest,
     ),
     Operation(
+        "POST", "/v1/responses", responses.responses, "Answer an input (text, tools).",
+        responses.ResponsesRequest,
+    ),
+    Operation(
         "POST", "/v1/messages", messages.messages, "Answer a conversation (Anthropic's API).",
         messages.MessagesRequest,
     ),
@@ -68,16 +81,18 @@ OPERATIONS = (
     Operation("GET", "/metrics", status.metrics, "Counts for Prometheus.", quiet=True),
     Operation("POST", "/reset_prefix_cache", status.reset_prefix_cache, "Forget cached state."),
     Operation("GET", "/openapi.json", docs.openapi, "This description.", quiet=True),
+    Operation("GET", "/", page.page, "A page to talk to the model.", quiet=True),
     Operation("GET", "/docs", docs.page, "This description, to read.", quiet=True),
 )  # fmt: skip
 
 
 def build_app(serving: Serving) -> ASGIApp:
     """The application for one server."""
-    serving.operations = OPERATIONS
+    offered = [each for each in OPERATIONS if serving.settings.ui or each.path != "/"]
+    serving.operations = offered
     routes = [
         Route(each.path, Endpoint(serving, each.handler, each.quiet), methods=[each.method])
-        for each in OPERATIONS
+        for each in offered
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
     app.router.redirect_slashes = False

@@ -44,6 +44,7 @@ class Call:
         self._receive, self._send = receive, send
         self.held_bytes = 0
         self._chunks = 0
+        self._streaming = False
 
     def header(self, name: bytes) -> str | None:
         """A header's value; `name` in lower case."""
@@ -142,6 +143,7 @@ class Call:
                 if first.done():
                     first.result()
                 await self._start(200, list(sse.HEADERS))
+                self._streaming = True
                 beat = asyncio.ensure_future(self._beat())
                 try:
                     await self._event(await first)
@@ -153,6 +155,7 @@ class Call:
             finally:
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
+        self._streaming = False
         await self._write({"type": "http.response.body", "body": b""})
 
     async def _event(self, event: bytes) -> None:
@@ -183,7 +186,7 @@ class Call:
     # ---- how it ends
 
     async def fail(self, error: Exception) -> None:
-        """Answer with a failure, if an answer has not begun."""
+        """Answer with a failure; a stream that has begun ends with it."""
         answer = from_failure(error)
         if answer.code == "internal_error":
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -195,6 +198,9 @@ class Call:
             if answer.status in (408, 413):
                 headers["connection"] = "close"  # the rest of the body is not read
             await self.json(self.error_body(answer), answer.status, headers)
+        elif self._streaming:
+            await self._event(sse.data(self.error_body(answer)))
+            await self._write({"type": "http.response.body", "body": b""})
 
     def note_usage(self, usage: Usage, first_token: float | None, reasons: list[str]) -> None:
         """Put sizes and times of what was generated into the log line."""

@@ -234,8 +234,8 @@ class World:
             scheduler.saved(saving.sequence, self._save(saving))  # type: ignore[arg-type]
             self.counts["saved"] += 1
         for s in step.started:
-            begin = s.num_computed_tokens
-            self.slots[s.state_slot] = OnDevice([*s.token_ids], begin, [*s.drafts], [empty(s)])
+            begin, drafts = s.num_computed_tokens, [*s.drafts, 1, 1, 1]
+            self.slots[s.state_slot] = OnDevice([*s.token_ids], begin, drafts, [empty(s)])
         for restoring in step.restorings:
             self._restore(restoring)
         launched = [self._carry_out(run) for run in step.runs]

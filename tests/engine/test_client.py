@@ -583,6 +583,36 @@ def test_a_stopped_engine_is_noticed_within_5_s_and_ended(launch: Launch) -> Non
         assert f"step {error.step} (" in str(error)
 
 
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
+@pytest.mark.usefixtures("one_thread")
+def test_an_engine_process_listens_on_no_network(launch: Launch) -> None:
+    """Neither it nor its client holds a TCP or UDP socket."""
+
+    async def run() -> set[str]:
+        client = ProcessEngineClient(launch)
+        await client.start()
+        try:
+            await collect(client, request("a"))
+            return sockets("self") | sockets(str(client.process_id))
+        finally:
+            await client.shutdown()
+
+    held = asyncio.run(run())
+    assert held
+    tables = [Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6", "raw")]
+    rows = [line.split() for t in tables if t.exists() for line in t.read_text().splitlines()[1:]]
+    assert not held & {f"socket:[{row[9]}]" for row in rows}
+
+
+def sockets(process: str) -> set[str]:
+    """The sockets a process holds."""
+    links = [
+        os.readlink(entry) for entry in Path(f"/proc/{process}/fd").iterdir() if entry.exists()
+    ]
+    return {link for link in links if link.startswith("socket:")}
+
+
 PARENT = """
 import asyncio, json, sys
 from fourfold.core.client import Launch

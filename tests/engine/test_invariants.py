@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,6 +210,24 @@ def test_the_layer_drafts_what_a_one_shot_pass_would(loaded: LoadedModel) -> Non
         seen.append(drafts)
     assert seen[0]
     assert all(other == seen[0] for other in seen[1:])
+
+
+def test_overlapped_steps_leave_the_same_images(loaded: LoadedModel) -> None:
+    """An image of a turn's end is of the turn's end, whatever was launched before that was known."""
+    free = requests((150, 30, 257), 14)
+    ends = [got.tokens[6] for got in collect(start(loaded), free)]
+    work = [(t, replace(p, stop_token_ids=[e])) for (t, p), e in zip(free, ends, strict=True)]
+    kept = []
+    for overlap in (False, True):
+        engine = start(loaded, overlap=overlap, num_speculative_tokens=2)
+        collect(engine, work)
+        tier = engine.scheduler.cache._tiers[0]
+        kept.append({key: entry.image for key, entry in tier.items()})
+    assert kept[0].keys() == kept[1].keys()
+    assert len(kept[0]) >= 6
+    for key, image in kept[0].items():
+        pairs = zip(image.tensors, kept[1][key].tensors, strict=True)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in pairs), image.position
 
 
 @BOTH

@@ -58,6 +58,9 @@ def test_attention_equals_its_body_however_it_is_batched(name: str, base: int) -
     poison()
     whole = run(**cached.step([(base, 600)]))
     near(whole, attention_body(**cached.step([(base, 600)])))
+    for dense in (False, True):
+        poison()
+        assert torch.equal(run(**cached.step([(base, 600)]), dense=dense), whole)
     for lengths in ((1, 599), (257, 16, 327), (64, 500, 36)):
         at, cut = base, []
         for length in lengths:

@@ -15,7 +15,7 @@ from fourfold.core.device import detect
 from fourfold.core.tensor import QuantScheme, QuantTensor
 from fourfold.ops.catalog import OPS
 from fourfold.ops.linear import linear as linear_body
-from fourfold.ops.registry import CaseMaker, Kernel
+from fourfold.ops.registry import CaseMaker, Kernel, KernelPlan
 from fourfold.quant.fp8_block import FP8_BLOCK
 from fourfold.quant.mxfp4 import MXFP4
 from tests.ops.test_definitions import tensors
@@ -48,8 +48,11 @@ def close(got: Any, expected: Any, tolerance: float) -> None:
     for a, b in zip(tensors(got), tensors(expected), strict=True):
         assert a.dtype == b.dtype
         if a.dtype.is_floating_point:
-            bound = tolerance * float(b.abs().max())
-            assert float((a - b).abs().max()) <= bound
+            finite = torch.isfinite(b)
+            assert torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
+            if finite.any():
+                bound = tolerance * float(b[finite].abs().max())
+                assert float((a - b)[finite].abs().max()) <= bound
         else:
             assert torch.equal(a, b)
 
@@ -58,10 +61,19 @@ def close(got: Any, expected: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("kernel", available(), ids=lambda k: f"{k.op}={k.name}")
 def test_kernel_equals_body_on_the_ops_cases(kernel: Kernel, dtype: torch.dtype) -> None:
     op = next(o for o in OPS if o.name == kernel.op)
+    plans = (KernelPlan(OPS, {kernel.op: kernel}, ()), KernelPlan.bodies(OPS))
     for case in op.cases(CaseMaker.seeded(dtype, "cuda")):
-        expected = op.body(**copy.deepcopy(dict(case.arguments)))
-        poison()
-        close(kernel.run(**copy.deepcopy(dict(case.arguments))), expected, op.tolerance.of(dtype))
+        results = []
+        for plan in plans:
+            arguments = copy.deepcopy(dict(case.arguments))
+            poison()
+            out = getattr(plan, op.name)(**arguments)
+            results.append([*tensors(out), *tensors([arguments[w] for w in op.writes])])
+        for a, b in zip(*results, strict=True):
+            if a.dtype == torch.uint8:  # FP8 rows: a code may flip on a rounding tie
+                assert float((a != b).float().mean()) < 0.02, case.name
+            else:
+                close(a, b, op.tolerance.of(dtype))
 
 
 def weight(rows: int, columns: int, scale_format: str, seed: int) -> QuantTensor:

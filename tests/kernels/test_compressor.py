@@ -38,7 +38,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 @interpreted
-@pytest.mark.parametrize("op", ["compress", "store_folds"])
+@pytest.mark.parametrize("op", ["compress", "store_folds", "compress_rows"])
 def test_equals_the_body(op: str) -> None:
     assert_equals_body(kernels()[op])
 

@@ -42,7 +42,7 @@ def inputs(tokens: int, dim: int) -> tuple[tuple[Tensor, ...], Site]:
 
 @interpreted
 def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
-    """Bit for bit: alone, in a batch, chunks in one program or in many, fused or in two steps."""
+    """Bit for bit: alone, in a batch, one tile of tokens a program or several, fused or in two steps."""
     from fourfold.kernels.triton import mhc
 
     arguments, site = inputs(40, 150)
@@ -51,7 +51,7 @@ def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
         some = mhc.hc_post_pre(None, *(a[part] for a in arguments), site)
         assert all(torch.equal(a, b[part]) for a, b in zip(some, whole, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mhc, "SPLIT_TOKENS", 0)
+        patch.setattr(mhc, "MANY_TOKENS", 0)
         walked = mhc.hc_post_pre(None, *arguments, site)
     assert all(torch.equal(a, b) for a, b in zip(walked, whole, strict=True))
     new = mhc.hc_post(*arguments)

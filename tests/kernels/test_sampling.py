@@ -12,7 +12,13 @@ from torch import Tensor
 from fourfold.ops.registry import Kernel
 from fourfold.ops.sampling import SamplingRows
 from tests.kernels import interpreter
-from tests.kernels.interpreter import assert_close, assert_equals_body, driver, interpreted, poisoned
+from tests.kernels.interpreter import (
+    assert_close,
+    assert_equals_body,
+    driver,
+    interpreted,
+    poisoned,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full

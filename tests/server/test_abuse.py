@@ -497,6 +497,25 @@ def test_a_defect_is_a_500_without_a_word_about_it(web: Site) -> None:
     healthy(web)
 
 
+def test_a_defect_in_a_stream_ends_it_with_an_error(
+    web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+
+    def broken(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise ValueError("a prompt's words")
+
+    monkeypatch.setattr("fourfold.server.generation.Generation._observe", broken)
+    stream = web.post("/v1/completions", prompt="a", stream=True)
+    assert stream.events[-1]["error"]["code"] == "internal_error"
+    assert b"words" not in stream.body
+    monkeypatch.undo()
+    healthy(web)
+
+
 # ---- promises about time
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -116,6 +117,16 @@ def test_metrics_have_the_names_that_dashboards_use(web: Site) -> None:
     assert samples['fourfold:request_rejected_total{"reason": "requests"}'] == 0
 
 
+def test_the_dashboard_names_metrics_that_exist(web: Site) -> None:
+    text = web.get("/metrics").body.decode()
+    there = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
+    board = json.loads((ROOT / "docs/grafana.json").read_text())
+    queries = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+    named = {name for query in queries for name in re.findall(r"fourfold:\w+", query)}
+    assert len(named) > 20
+    assert named <= there
+
+
 def test_no_request_adds_a_series(web: Site) -> None:
     def series() -> set[str]:
         text = web.get("/metrics").body.decode()
@@ -166,6 +177,8 @@ def test_the_log_has_one_line_a_request_and_no_text_in_it(web: Site) -> None:
     ):
         assert word in lines[0]
 
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ---- keys and origins
 

@@ -217,6 +217,45 @@ def _atomic(x: Instruction) -> Effect | None:
     return effect
 
 
+# Names of the same operations on local memory, with and without the old value returned.
+_LOCAL_ATOMIC = re.compile(
+    r"ds_(add|sub|max|min|and|or|xor|wrxchg|cmpst|cmpswap)(_rtn)?_(u32|i32|b32|f32)"
+)
+
+
+def _local_atomic(x: Instruction) -> Effect | None:
+    match = _LOCAL_ATOMIC.fullmatch(x.opcode)
+    if not match:
+        return None
+    named, kind = match[1], match[3]
+    signs = {"u32": "u", "i32": "s"}
+    operation = {
+        "max": f"{signs.get(kind)}max",
+        "min": f"{signs.get(kind)}min",
+        "wrxchg": "swap",
+    }.get(named, named)
+    if named == "add" and kind == "f32":
+        operation = "add_f32"
+    if operation not in (*_ATOMICS, "add_f32"):
+        raise Unsupported(x.opcode)
+    returns, o = bool(match[2]), x.operands
+    place, value = (vector(o[1]), vector(o[2])) if returns else (vector(o[0]), vector(o[1]))
+    row, offset = row_of(o[0]) if returns else 0, x.modifiers.get("offset", 0)
+
+    def effect(w: Wave) -> None:
+        lanes = w.active_lanes()
+        at, values = place(w).astype(I64) + offset, value(w).copy()
+        for lane in lanes.tolist():
+            cell = w.local.read(at[lane : lane + 1], 4, x.text)
+            old = int(cell.view(U32)[0, 0])
+            new = np.array([[_atomic_result(operation, old, int(values[lane]), 0)]], U32)
+            w.local.write(at[lane : lane + 1], new.view(np.uint8), x.text)
+            if returns:
+                w.vgpr[row, lane] = old
+
+    return effect
+
+
 def _buffer(x: Instruction) -> Effect | None:
     """Accesses through a descriptor: loads beyond its size give 0 and stores there do nothing."""
     match = re.fullmatch(r"buffer_(load|store)_(\w+?)(_d16)?(_hi)?", x.opcode)
@@ -386,7 +425,7 @@ def _scratch(x: Instruction) -> Effect | None:
     return effect
 
 
-_FAMILIES = (_global, _atomic, _buffer, _local, _permute, _transposed, _scratch)
+_FAMILIES = (_global, _atomic, _buffer, _local_atomic, _local, _permute, _transposed, _scratch)
 
 
 def memory_effect(x: Instruction) -> Effect | None:

@@ -103,11 +103,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """Instructions, the number of the one after each label, and the kernel descriptor."""
+    """Instructions, the number of the one after each label, the kernel descriptor, and the byte offset of
+    each argument that the launch adds by itself ("hidden_block_count_x")."""
 
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
     descriptor: dict[str, str]
+    hidden: dict[str, int]
 
     def setting(self, name: str) -> int:
         """The descriptor's `.amdhsa_<name>`, 0 if absent."""
@@ -135,7 +137,13 @@ def parse(assembly: str) -> Program:
             labels[label[1]] = len(instructions)
         elif in_text and not line.startswith(".") and line.split()[0] not in IGNORED:
             instructions.append(_instruction(line))
-    return Program(tuple(instructions), labels, descriptor)
+    return Program(tuple(instructions), labels, descriptor, _hidden(assembly))
+
+
+def _hidden(assembly: str) -> dict[str, int]:
+    """Offsets of hidden arguments, from the metadata's list of arguments."""
+    entry = re.compile(r"\.offset:\s+(\d+)\s+\.size:\s+\d+\s+\.value_kind:\s+(hidden_\w+)")
+    return {kind: int(offset) for offset, kind in entry.findall(assembly)}
 
 
 def _instruction(line: str) -> Instruction:

@@ -96,7 +96,8 @@ class Kernel:
         self, asm: str, target: str, signature: Mapping[str, str], shared: int, num_warps: int
     ):
         self.program = parse(asm)
-        self.target, self.num_warps, self.count = target, num_warps, 0
+        self.target, self.num_warps = target, num_warps
+        self.count = self._most = 0
         self.types = [kind for kind in signature.values() if kind != "constexpr"]
         self.local_size = max(shared, self.program.setting("group_segment_fixed_size"))
         if self.local_size > LOCAL_MEMORY[target]:
@@ -132,22 +133,24 @@ class Kernel:
         self._effects[number] = effect
         return effect
 
-    def launch(self, grid: Sequence[int], arguments: Sequence[Any]) -> int:
+    def launch(self, grid: Sequence[int], arguments: Sequence[Any], limit: int = 50_000_000) -> int:
         """Run every workgroup of `grid` (x, y, z) and return `count`.
 
         `arguments` follow the signature without constants: an array for a pointer (any dtype of the right
-        size; what is stored is seen in it), else an int or float.
+        size; what is stored is seen in it), else an int or float. Raises `Fault` after `limit`
+        instructions.
         """
-        packed, arrays = self._pack(arguments)
-        memory = GlobalMemory([*arrays, packed])
         x, y, z = (*grid, 1, 1)[:3]
+        packed, arrays = self._pack(arguments, (x, y, z))
+        memory = GlobalMemory([*arrays, packed])
+        self._most = self.count + limit
         with np.errstate(all="ignore"):
             for place in itertools.product(range(z), range(y), range(x)):
                 self._workgroup(memory, packed.ctypes.data, place[::-1])
         return self.count
 
-    def _pack(self, arguments: Sequence[Any]) -> tuple[Bytes, list[Array]]:
-        """The kernel's argument bytes, and the arrays they point to."""
+    def _pack(self, arguments: Sequence[Any], grid: Sequence[int]) -> tuple[Bytes, list[Array]]:
+        """The kernel's argument bytes, hidden ones included, and the arrays they point to."""
         if len(arguments) != len(self.types):
             raise Fault(f"{len(arguments)} arguments for {len(self.types)} parameters")
         packed = bytearray(max(self.program.setting("kernarg_size"), 8) + 64)
@@ -164,6 +167,11 @@ class Kernel:
             at = -(-at // size) * size
             struct.pack_into(code, packed, at, value)
             at += size
+        for axis, count in zip("xyz", grid, strict=True):
+            if (at := self.program.hidden.get(f"hidden_block_count_{axis}", -1)) >= 0:
+                struct.pack_into("<I", packed, at, count)
+            if (at := self.program.hidden.get(f"hidden_group_size_{axis}", -1)) >= 0:
+                struct.pack_into("<H", packed, at, LANES * self.num_warps if axis == "x" else 1)
         return np.frombuffer(bytes(packed), np.uint8).copy(), arrays
 
     def _workgroup(self, memory: GlobalMemory, arguments: int, place: Sequence[int]) -> None:
@@ -200,12 +208,16 @@ class Kernel:
 
     def _run(self, wave: Wave) -> Stop:
         """Run one wave to its next barrier or its end."""
-        effects, count, stop = self._effects, 0, None
-        while stop is None:
+        effects, count = self._effects, 0
+        stop: Stop | None = None
+        left = self._most - self.count
+        while stop is None and count <= left:
             number = wave.pc
             wave.pc = number + 1
             count += 1
             effect = effects[number] or self._translate(number)
             stop = effect(wave)
         self.count += count
+        if stop is None or self.count > self._most:
+            raise Fault("the kernel does not end: more instructions than the launch allows")
         return stop

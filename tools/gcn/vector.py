@@ -13,8 +13,9 @@ import numpy as np
 
 from tools.gcn.assembly import Instruction
 from tools.gcn.convert import conversion
+from tools.gcn.double import double_effect, doubles
 from tools.gcn.errors import Unsupported
-from tools.gcn.formats import F32, F64, I32, I64, U32, U64, Array, Bits, bits_of, half_to_float
+from tools.gcn.formats import F32, F64, I64, U32, U64, Array, Bits, bits_of, half_to_float
 from tools.gcn.lanes import Form, plain_name
 from tools.gcn.scalar import COMPARE
 from tools.gcn.vector_tables import (
@@ -31,7 +32,6 @@ from tools.gcn.vector_tables import (
     low_signed,
     product,
     signed,
-    to_integer,
 )
 from tools.gcn.wave import (
     LANE,
@@ -42,7 +42,6 @@ from tools.gcn.wave import (
     Reader,
     Wave,
     bits_of_mask,
-    doubles,
     mask_of,
     put,
     put64,
@@ -177,6 +176,8 @@ def _compared(form: Form, number: int, kind: str) -> Reader:
     operand = form.x.operands[number]
     if kind == "f32":
         return form.floats(number)
+    if kind == "f64":
+        return doubles(operand)
     if kind in ("u64", "i64"):
         wide = vector64(operand)
         return wide if kind == "u64" else lambda w: wide(w).view(I64)
@@ -193,7 +194,7 @@ def _compared(form: Form, number: int, kind: str) -> Reader:
 
 
 def _compare(x: Instruction, name: str) -> Effect | None:
-    match = re.fullmatch(r"v_cmp(x?)_(\w+?)_(f32|f16|u32|i32|u16|i16|u64|i64)", name)
+    match = re.fullmatch(r"v_cmp(x?)_(\w+?)_(f64|f32|f16|u32|i32|u16|i16|u64|i64)", name)
     if not match or match[2] == "class":
         return None
     form, compare, index = Form(x), _comparison(match[2]), x.operands[0].index
@@ -216,43 +217,6 @@ def _classify(x: Instruction, name: str) -> Effect | None:
     if match[1]:
         return lambda w: w.set_exec(found(w))
     return lambda w: w.set_scalar(index, found(w), 2)
-
-
-def _double(x: Instruction, name: str) -> Effect | None:
-    """float64: arithmetic, and conversions from and to it."""
-    o = x.operands
-    to_double: dict[str, Callable[[Bits], Array]] = {
-        "v_cvt_f64_f32": lambda bits: bits.view(F32).astype(F64),
-        "v_cvt_f64_i32": lambda bits: signed(bits).astype(F64),
-        "v_cvt_f64_u32": lambda bits: bits.astype(F64),
-    }
-    if name in to_double:
-        row, convert, source = row_of(o[0]), to_double[name], vector(o[1])
-        if o[1].negate or o[1].absolute:
-            raise Unsupported(f"sign modifier: {x.text}")
-        return lambda w: put64(w, row, convert(source(w)).view(U64))
-    from_double: dict[str, Callable[[Array], Bits]] = {
-        "v_cvt_f32_f64": lambda value: bits_of(value.astype(F32)),
-        "v_cvt_i32_f64": lambda v: to_integer(v, -(2**31), 2**31 - 1).astype(I32).view(U32),
-        "v_cvt_u32_f64": lambda v: to_integer(v, 0, MASK32).astype(U32),
-    }
-    if name in from_double:
-        row, narrow, wide = row_of(o[0]), from_double[name], doubles(o[1])
-        return lambda w: put(w, row, narrow(wide(w)))
-    arithmetic: dict[str, Callable[..., Array]] = {
-        "v_add_f64": np.add,
-        "v_mul_f64": np.multiply,
-        "v_fma_f64": lambda a, b, c: a * b + c,
-        "v_max_f64": np.fmax,
-        "v_min_f64": np.fmin,
-        "v_rndne_f64": np.rint,
-        "v_floor_f64": np.floor,
-        "v_trunc_f64": np.trunc,
-    }
-    if name not in arithmetic:
-        return None
-    row, compute, reads = row_of(o[0]), arithmetic[name], [doubles(each) for each in o[1:]]
-    return lambda w: put64(w, row, compute(*(read(w) for read in reads)).view(U64))
 
 
 def _carry(x: Instruction, name: str) -> Effect | None:
@@ -382,11 +346,13 @@ def _lane_access(x: Instruction, name: str) -> Effect | None:
             w.vgpr[row, lane(w) & 63] = value(w)
 
         return write
-    if name not in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"):
+    if name not in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32", "v_bcnt_u32_b32"):
         return None
     row, bits, add = row_of(o[0]), vector(o[1]), vector(o[2])
     below = np.clip(LANE if "lo" in name else LANE - 32, 0, 32).astype(U64)
-    mask = ((U64(1) << below) - U64(1)).astype(U32)
+    mask = ((U64(1) << below) - U64(1)).astype(U32)  # of the lanes before this one
+    if name == "v_bcnt_u32_b32":
+        mask = np.full(LANES, MASK32, U32)
 
     def count(w: Wave) -> None:
         counted = np.unpackbits((bits(w) & mask).view(np.uint8).reshape(LANES, 4), axis=1).sum(1)
@@ -427,7 +393,7 @@ _FAMILIES = (
     _select,
     _compare,
     _classify,
-    _double,
+    double_effect,
     _carry,
     _division,
     _wide,

@@ -65,6 +65,16 @@ def smaller(a: Floats, b: Floats) -> Array:
     return np.where(np.isnan(a), b, np.where(np.isnan(b), a, picked))
 
 
+def largest(a: Floats, b: Floats, c: Floats) -> Array:
+    """v_maximum3_f32: NaN if any is."""
+    return np.maximum(np.maximum(a, b), c)
+
+
+def smallest(a: Floats, b: Floats, c: Floats) -> Array:
+    """v_minimum3_f32: NaN if any is."""
+    return np.minimum(np.minimum(a, b), c)
+
+
 def middle(a: Floats, b: Floats, c: Floats) -> Array:
     """The median; the smallest if any is NaN."""
     nan = np.isnan(a) | np.isnan(b) | np.isnan(c)
@@ -80,7 +90,7 @@ def reverse_bits(a: Bits) -> Bits:
     """v_bfrev_b32."""
     for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF)):
         a = ((a >> U32(shift)) & U32(mask)) | ((a & U32(mask)) << U32(shift))
-    return np.asarray((a >> U32(16)) | (a << U32(16)), U32)
+    return (a >> U32(16)) | (a << U32(16))
 
 
 def leading_zeros(a: Bits) -> Bits:
@@ -114,7 +124,8 @@ def extract_signed(a: Bits, b: Bits, c: Bits) -> Bits:
     size = (c & 31).astype(I64)
     value = (a >> (b & 31)).astype(I64) & ((1 << size) - 1)
     sign = 1 << np.maximum(size - 1, 0)
-    return np.where(size > 0, (value ^ sign) - sign, 0).astype(I32).view(U32)
+    extended: Array = np.where(size > 0, (value ^ sign) - sign, 0)
+    return extended.astype(I32).view(U32)
 
 
 def extract(a: Bits, b: Bits, c: Bits) -> Bits:
@@ -281,6 +292,8 @@ FLOATS_3: MappingProxyType[str, Function] = MappingProxyType(
         "v_max3_f32": lambda a, b, c: larger(larger(a, b), c),
         "v_min3_f32": lambda a, b, c: smaller(smaller(a, b), c),
         "v_med3_f32": middle,
+        "v_maximum3_f32": largest,
+        "v_minimum3_f32": smallest,
         # Only their roles in the IEEE division sequence matter: v_div_fixup divides exactly.
         "v_div_fmas_f32": fma,
         "v_div_fixup_f32": lambda a, b, c: c / b,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tools.gcn.assembly import Operand
 from tools.gcn.errors import Unsupported
-from tools.gcn.formats import F32, F64, U32, U64, Array, Bits
+from tools.gcn.formats import U32, U64, Array, Bits
 from tools.gcn.memory import GlobalMemory, LocalMemory
 
 MASK32, MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
@@ -128,22 +128,6 @@ def vector64(operand: Operand) -> Reader:
         return lambda w: low(w).astype(U64)
     high = vector(operand, 1)
     return lambda w: low(w).astype(U64) | (high(w).astype(U64) << U64(32))
-
-
-def doubles(operand: Operand) -> Reader:
-    """Reads a float64 a lane, its sign modified; an inline float constant is one of float64."""
-    if operand.kind == "f":
-        constant = np.full(LANES, np.array(operand.index, U32).view(F32), F64)
-        return lambda w: constant
-    read = vector64(operand)
-    negate, absolute = operand.negate, operand.absolute
-
-    def value(w: Wave) -> Array:
-        wide = read(w).view(F64)
-        wide = np.abs(wide) if absolute else wide
-        return -wide if negate else wide
-
-    return value
 
 
 def put(wave: Wave, row: int, value: Array) -> None:

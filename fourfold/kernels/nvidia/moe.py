@@ -241,11 +241,11 @@ def _product(
     sp_0 = gl.multiple_of(s_0 + s_offset, [1, 16])
     sp_1 = gl.multiple_of(s_1 + s_offset, [1, 16])
     e_0, e_1 = gl.load(sp_0), gl.load(sp_1)
-    start = 0
+    start = gl.to_tensor(0)
     if PDL:
         start = after_previous(start)
-    k = start + gl.arange(0, 128, layout=gl.SliceLayout(0, x_layout))
-    x_ptr = gl.multiple_of(x + (row[:, None] + k[None, :]), [1, 16])
+    k = gl.arange(0, 128, layout=gl.SliceLayout(0, x_layout))
+    x_ptr = gl.multiple_of(x + ((start + row)[:, None] + k[None, :]), [1, 16])
     live_x = live[:, None] & (k >= 0)[None, :]
     sx_ptr = s_x + (start + row_sx)
     _copy_tokens(buf_x, buf_sx, x_ptr, sx_ptr, live_x, live_sx, 0)
@@ -310,7 +310,8 @@ def _gate_up(
         base, base_s = tile * TURNS * 2048, tile * TURNS * 128
         acc = _product(
             w1 + base, w3 + base, w1_scale + base_s, w3_scale + base_s, TURNS, x, x_scale,
-            row * (TURNS * 512), row_flat * (TURNS * 4), place < end, place_flat < end, WT, TT, NW, AHEAD, PDL,
+            row * (TURNS * 512), row_flat * (TURNS * 4), place < end, place_flat < end,
+            WT, TT, NW, AHEAD, PDL,
         )  # fmt: skip
         gate, up = gl.split(acc.reshape(WT, 4, 2, 8, TT).permute(0, 1, 3, 4, 2))
         gate = gl.minimum(gate, LIMIT)
@@ -344,7 +345,8 @@ def _down(
         acc = _product(
             w2 + base, w2 + base + TURNS * (WT * 2048),
             w2_scale + base_s, w2_scale + base_s + TURNS * (WT * 128), TURNS, x, x_scale,
-            place * (TURNS * 512), place_flat * (TURNS * 4), place < end, place_flat < end, WT, TT, NW, AHEAD, PDL,
+            place * (TURNS * 512), place_flat * (TURNS * 4), place < end, place_flat < end,
+            WT, TT, NW, AHEAD, PDL,
         )  # fmt: skip
         layout: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, NW], [0, 1])
         value = acc.reshape(WT, 4, 2, 8, TT).permute(2, 0, 1, 3, 4).reshape(64 * WT, TT)

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from fourfold.core.batch import Emission, ForwardBatch
 from fourfold.core.device import Feature
+from fourfold.core.row_format import RowKind
+from fourfold.core.rows import RowPages
+from fourfold.kernels.triton.rows import PLAIN, normed_row, row_shape, row_size, store_row
 from fourfold.ops.registry import Kernel
 
 CHANNELS = 128
@@ -200,6 +203,86 @@ def _store_folds(folds, kept, targets, SIZE, BLOCK: tl.constexpr):
     tl.store(folds + target * SIZE + i, value, mask=i < SIZE)
 
 
+@triton.jit
+def _compress_rows(
+    kv,
+    gate,
+    ape,
+    folds,
+    positions,
+    sequence_ids,
+    cu_seqlens_q,
+    num_computed,
+    fold_sources,
+    row_tokens,
+    row_positions,
+    row_slots,
+    kept_tokens,
+    norm,
+    inv_freq,
+    pooled,
+    own,
+    pages,
+    kept,
+    T,
+    E,
+    W,
+    M,
+    half,
+    eps,
+    DATA,
+    SCALE_BYTES,
+    OWN_PAGE,
+    page_stride,
+    PER_PAGE,
+    SERIES: tl.constexpr,
+    STEPS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """As `_compress`, whole rows at once, which are then normalised, rotated, encoded and written: to
+    the page `own`, and to their slot of `pages`."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    is_row = program < E
+    token = tl.load(row_tokens + program, mask=is_row, other=0)
+    token += tl.load(kept_tokens + program - E, mask=program >= E, other=0)
+    current, upcoming, completes = folds_after(
+        token, program >= E, kv, gate, ape, folds, positions, sequence_ids, cu_seqlens_q,
+        num_computed, fold_sources, column, T, W, M, SERIES, STEPS,
+    )  # fmt: skip
+    if is_row:
+        row = program.to(tl.int64)
+        value = (current[2] / current[1]).to(pooled.dtype.element_ty)
+        tl.store(pooled + row * W + column, value, mask=column < W)
+        tl.debug_barrier()  # the row is read back below, by other lanes
+        n = W - 2 * half
+        d = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        r = tl.arange(0, 2 * HALF)[None, :]
+        r = tl.where(r < 2 * half, r, -1)
+        position = tl.load(row_positions + row)
+        still, turned = normed_row(
+            pooled + row * W, norm, position, inv_freq, d, r, n, W, half, eps, HALF
+        )
+        scales = DATA * tl.cast(E, tl.int64) + row * SCALE_BYTES
+        store_row(own, row * DATA, scales, still, turned, d, r, n, SCALE_BYTES, KIND, GROUP)
+        if KIND != PLAIN:
+            if row == E - 1:
+                spare = (DATA + SCALE_BYTES) * tl.cast(E, tl.int64) + tl.arange(0, PADDING)
+                tl.store(own + spare, tl.zeros((PADDING,), dtype=tl.uint8), mask=spare < OWN_PAGE)
+        slot = tl.load(row_slots + row).to(tl.int64)
+        if slot >= 0:
+            page = pages + slot // PER_PAGE * page_stride
+            offset = slot % PER_PAGE
+            scales = tl.cast(PER_PAGE, tl.int64) * DATA + offset * SCALE_BYTES
+            store_row(page, offset * DATA, scales, still, turned, d, r, n, SCALE_BYTES, KIND, GROUP)
+    else:
+        store_kept(kept, program - E, current, upcoming, completes, column, W, SERIES)
+
+
 def compress(
     kv: Tensor,
     gate: Tensor,
@@ -239,8 +322,48 @@ def store_folds(folds: Tensor, kept: Tensor, targets: Tensor) -> None:
         )
 
 
+def compress_rows(
+    ops: object,
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+    pages: RowPages,
+    folds: Tensor,
+    batch: ForwardBatch,
+    emission: Emission,
+    ratio: int,
+    out_dtype: torch.dtype,
+) -> RowPages:
+    """The op `compress_rows` (ops/compressor.py) in two launches: folds are written last, as other
+    programs read them until then."""
+    series, width, format = folds.shape[1], folds.shape[-1], pages.format
+    count, keeps, device = emission.tokens.shape[0], batch.fold_tokens.shape[0], kv.device
+    plain = format.kind is RowKind.PLAIN
+    shape = (1, count, format.dim) if plain else (1, format.page_bytes(count))
+    own = torch.empty(shape, dtype=pages.storage.dtype, device=device)
+    pooled = torch.empty(count, width, dtype=out_dtype, device=device)
+    kept = torch.empty(keeps, series, 3, width, dtype=torch.float32, device=device)
+    if count + keeps and batch.num_tokens:
+        _compress_rows[(count + keeps,)](
+            kv.contiguous(), gate.contiguous(), ape, folds, batch.positions, batch.sequence_ids,
+            batch.cu_seqlens_q, batch.num_computed_tokens, batch.fold_sources, emission.tokens,
+            emission.positions, emission.slots, batch.fold_tokens, norm, inv_freq, pooled, own,
+            pages.storage, kept, batch.num_tokens, count, width, ratio, inv_freq.shape[0], eps,
+            row_size(format), format.scale_bytes, own.shape[1], pages.storage.stride(0),
+            pages.rows_per_page, SERIES=series, STEPS=fold_steps(ratio),
+            PADDING=triton.next_power_of_2(format.data_bytes), **row_shape(format),
+            num_warps=4, **EXACT,
+        )  # fmt: skip
+    store_folds(folds, kept, batch.fold_targets)
+    return RowPages(own, format, count)
+
+
 _NEEDS = frozenset({Feature.TRITON})
 KERNELS = (
     Kernel("compress", "triton", compress, _NEEDS),
     Kernel("store_folds", "triton", store_folds, _NEEDS),
+    Kernel("compress_rows", "triton", compress_rows, _NEEDS),
 )

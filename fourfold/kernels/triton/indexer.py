@@ -35,7 +35,7 @@ from fourfold.ops.registry import Kernel
 WORKSPACE = 256 << 20  # bytes of images held at once, unless one token needs more
 TOKENS = 64  # of one run, most that a program scores against the keys it has decoded
 PROGRAMS = 1056  # wanted for one pass over the keys: eight for each multiprocessor
-SCAN = 2048  # images looked at together when choosing
+SCANS = ((132, 8192, 16), (1 << 40, 2048, 8))  # up to so many tokens: images together, warps
 INTEGERS = ("T", "BASE", "EACH", "BLOCKS", "STRIDE", "WIDTH", "TOPK")
 INDEXES = ("weights", "positions", "sequence_ids", "cu_seqlens", "block_table", "out")
 
@@ -74,8 +74,8 @@ def _round_queries(q, out, COUNT, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.co
 @triton.jit
 def _keys(
     keys, block_table, sequence, j, rows, STRIDE,
-    C: tl.constexpr, CP: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr, RPP: tl.constexpr,
-    PAGE: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr, CAST: tl.constexpr,
+    RPP: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Keys of rows `j [n]` as `[n, CP]`, without their scale, and the scale `[n]`."""
     c = tl.arange(0, CP)
@@ -90,9 +90,13 @@ def _keys(
     if FP8:
         numbers = (base + RPP * C).to(tl.pointer_type(tl.float32))
         scale = tl.load(numbers + offset, mask=there, other=0.0)
-        wide = raw.to(tl.int32)
-        value = (((wide & 0x80) << 24) | ((wide & 0x7F) << 20)).to(tl.float32, bitcast=True)
-        value *= 1.329227995784916e36  # 2^120: E4M3's exponent begins there in float32
+        if CAST:
+            value = raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            # The code's fields are float32's, but for the exponent's bias: 2^120 too small.
+            wide = raw.to(tl.int32)
+            value = (((wide & 0x80) << 24) | ((wide & 0x7F) << 20)).to(tl.float32, bitcast=True)
+            value *= 1.329227995784916e36
     else:
         value = raw.to(tl.float32)
     return value if WIDE else value.to(tl.bfloat16), scale
@@ -103,7 +107,8 @@ def _score(
     q, weights, keys, positions, sequence_ids, cu_seqlens, block_table, images,
     T, BASE, EACH, BLOCKS, STRIDE, WIDTH, TOPK,
     RATIO: tl.constexpr, RPP: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    H: tl.constexpr, HP: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr, CAST: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Images `[T, WIDTH]` of EACH tokens' scores, every n-th block of ROWS rows."""
     h, c = tl.arange(0, HP), tl.arange(0, CP)
@@ -118,7 +123,7 @@ def _score(
         for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
             j = block * ROWS + tl.arange(0, ROWS)
             a, scale = _keys(
-                keys, block_table, sequence, j, seen, STRIDE, C, CP, FP8, WIDE, RPP, PAGE
+                keys, block_table, sequence, j, seen, STRIDE, C, CP, FP8, WIDE, CAST, RPP, PAGE
             )
             # The first token that sees more than TOPK rows, and one of this block.
             least = RATIO * (tl.maximum(block * ROWS, TOPK) + 1).to(tl.int64) - 1
@@ -153,12 +158,30 @@ def _reaching(images, count, bound, SCAN: tl.constexpr):
 
 
 @triton.jit
+def _common_bits(images, count, SCAN: tl.constexpr):
+    """The bits in which all images agree, zeros below them, and the first pair below: its shift."""
+    i = tl.arange(0, SCAN)
+    least = tl.full((SCAN,), 0xFFFFFFFF, tl.uint32)
+    most = tl.full((SCAN,), 0, tl.uint32)
+    for low in range(0, count, SCAN):
+        image = tl.load(images + low + i, mask=low + i < count, other=0).to(tl.uint32, bitcast=True)
+        most = tl.maximum(most, image)
+        least = tl.minimum(least, tl.where(low + i < count, image, 0xFFFFFFFF))
+    top = tl.max(most, 0)
+    differ = top ^ tl.min(least, 0)
+    shift = tl.full((), 30, tl.int32)
+    while (shift > 0) & ((differ >> shift.to(tl.uint32)) == 0):
+        shift -= 2
+    below = (tl.full((), 4, tl.uint32) << shift.to(tl.uint32)) - 1
+    return (top | below) ^ below, shift
+
+
+@triton.jit
 def _threshold(images, count, wanted, SCAN: tl.constexpr):
     """A bound that at least `wanted` images reach and, unless exactly so many do, none larger."""
     i = tl.arange(0, SCAN)
-    bound = tl.full((), 0, tl.uint32)
+    bound, shift = _common_bits(images, count, SCAN)
     reached = count
-    shift = tl.full((), 30, tl.int32)
     while (shift >= 0) & (reached != wanted):
         one = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
         a, b, c = bound + one, bound + one * 2, bound + one * 3
@@ -173,12 +196,12 @@ def _threshold(images, count, wanted, SCAN: tl.constexpr):
             in_b += (image >= b).to(tl.int32)
             in_c += (image >= c).to(tl.int32)
         n_a, n_b, n_c = tl.sum(in_a, 0), tl.sum(in_b, 0), tl.sum(in_c, 0)
-        bound = tl.where(
-            n_c >= wanted, c, tl.where(n_b >= wanted, b, tl.where(n_a >= wanted, a, bound))
-        )
-        reached = tl.where(
-            n_c >= wanted, n_c, tl.where(n_b >= wanted, n_b, tl.where(n_a >= wanted, n_a, reached))
-        )
+        if n_c >= wanted:
+            bound, reached = c, n_c
+        elif n_b >= wanted:
+            bound, reached = b, n_b
+        elif n_a >= wanted:
+            bound, reached = a, n_a
         shift -= 2
     return bound
 
@@ -217,15 +240,19 @@ def _choose(
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of a program of `_score`, its warps and its pipeline stages."""
+    """Rows of a program of `_score`, its warps and its pipeline stages.
+
+    `cast`: the device converts OCP codes itself.
+    """
 
     rows: int
     warps: int
     stages: int
+    cast: bool = False
 
 
 COMPACT = Shape(rows=64, warps=4, stages=2)
-WARP_GROUPS = Shape(rows=128, warps=4, stages=3)
+WARP_GROUPS = Shape(rows=128, warps=4, stages=2, cast=True)
 FLOAT32 = Shape(rows=32, warps=4, stages=1)
 
 
@@ -260,6 +287,7 @@ def index_topk(
     images = torch.empty(most if scored else 0, width, dtype=torch.int32, device=q.device)
     each = min(triton.next_power_of_2(-(-tokens // batch.num_sequences)), TOKENS)
     shape = FLOAT32 if wide else shape
+    scan, warps = next(option for most_tokens, *option in SCANS if tokens <= most_tokens)
     for low in range(0, tokens, most):
         part = slice(low, min(low + most, tokens))
         count, positions = part.stop - low, batch.positions[part]
@@ -271,12 +299,12 @@ def index_topk(
                 batch.cu_seqlens_q, batch.block_table, images, count, low, each, blocks,
                 stride, width, topk, RATIO=ratio, RPP=keys.rows_per_page,
                 PAGE=keys.storage.stride(0), C=size, CP=padded,
-                H=heads, HP=max(triton.next_power_of_2(heads), 16), FP8=fp8, WIDE=wide, ROWS=shape.rows,
-                num_warps=shape.warps, num_stages=shape.stages,
+                H=heads, HP=max(triton.next_power_of_2(heads), 16), FP8=fp8, WIDE=wide,
+                CAST=shape.cast, ROWS=shape.rows, num_warps=shape.warps, num_stages=shape.stages,
             )  # fmt: skip
         _choose[(count,)](
             images, positions, chosen[part], blocks, width, topk, RATIO=ratio,
-            RPP=keys.rows_per_page, SCAN=SCAN, TP=triton.next_power_of_2(topk), num_warps=8,
+            RPP=keys.rows_per_page, SCAN=scan, TP=triton.next_power_of_2(topk), num_warps=warps,
         )  # fmt: skip
     return chosen
 

@@ -1,13 +1,14 @@
 """Hyper-connections for GPUs: the post step of one site and the pre step of the next in two launches.
 
-    streams   new X' = post·z + combᵀX, rounded and stored, its products with fn and Σ X'²: for 16 tokens and 64 dims of every stream at a time
-    finish    one program a token: pre, y = RMSNorm(Σ pre_i·X'_i);  one for 16 tokens: post, Sinkhorn
+    streams   new X' = post·z + combᵀX, rounded and stored; its products with fn and Σ X'²
+              a program: 64 dims of every stream, 16 tokens (several times 16 where there are many)
+    finish    one program a token: pre, y = RMSNorm(Σ pre_i·X'_i);  one for 4 tokens: post, Sinkhorn
 
-The 64-dim chunks are added in order, whether one program walks through all of them (many tokens) or
-each chunk has a program of its own (few: fn must be read by many programs at once). Every sum over dims
-is a product of the matrix unit on tiles of one shape, so a token's result does not depend on the batch.
-With bfloat16 streams, fn is split into three bfloat16 parts whose sum is exactly fn; products are then
-exact and only their accumulation rounds, as in float32.
+`streams` leaves one partial sum for each chunk of 64 dims, which `finish` adds up: fn is read by many
+programs at once however few tokens there are, and a token's sums are the same in every batch. Sums over
+dims are products of the matrix unit on tiles of one shape. With bfloat16 streams, fn is split into three
+bfloat16 parts whose sum is exactly fn; products are then exact and only their accumulation rounds, as in
+float32.
 """
 
 from __future__ import annotations
@@ -23,26 +24,24 @@ from fourfold.ops.registry import Kernel
 
 TOKENS = 16  # tokens a program of `_streams`
 DIMS = 64  # dims of each stream a chunk
-SPLIT_TOKENS = 2048  # up to here every chunk has programs of its own
-MIXERS = 16  # tokens a Sinkhorn program
+MANY_TOKENS = 1024  # from here on a program takes TILES times TOKENS, to read fn less often
+TILES = 4
+MIXERS = 4  # tokens a Sinkhorn program
 # Sums must round alike in every variant of a kernel: nothing is contracted but explicit tl.fma.
 EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _project(a, x, acc, WIDE: tl.constexpr):
-    """acc + a · x for `a [rows, d]` float32 and `x [d, tokens]` float32 (WIDE) or bfloat16."""
+def _parts(a, WIDE: tl.constexpr):
+    """float32 `a` as bfloat16 numbers that add up to it, the smallest first; itself if WIDE."""
     if WIDE:
-        acc = tl.dot(a, x, acc, input_precision="ieee")
+        parts = (a,)
     else:
         high = a.to(tl.bfloat16)
         rest = a - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(low, x, acc)
-        acc = tl.dot(middle, x, acc)
-        acc = tl.dot(high, x, acc)
-    return acc
+        parts = ((rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high)
+    return parts
 
 
 @triton.jit
@@ -56,37 +55,34 @@ def _streams(
     parts,
     T,
     D,
-    CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,
     POST: tl.constexpr,
     MIX: tl.constexpr,
     S: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
     TT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """`out` = new streams (POST), `parts [CHUNKS or 1, T, WIDTH]` = sums of fn · X and Σ X² (MIX).
+    """`out` = new streams (POST), `parts [chunks, T, WIDTH]` = sums of fn · X and of X² (MIX).
 
     A row of `parts` holds ROWS products, then the sum of squares.
     """
-    tokens = tl.program_id(0).to(tl.int64) * TT + tl.arange(0, TT)
-    live = tokens < T
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
     row = tl.arange(0, WIDTH)
-    if POST:
-        gain = ()
-        mixer = ()
-        for j in tl.static_range(S):
-            gain = gain + (tl.load(post + tokens * S + j, mask=live, other=0.0)[None, :],)
-        for n in tl.static_range(S * S):
-            mixer = mixer + (tl.load(comb + tokens * S * S + n, mask=live, other=0.0)[None, :],)
-    products = tl.zeros((WIDTH, TT), dtype=tl.float32)
-    squares = tl.zeros((TT, TT), dtype=tl.float32)
-    first = tl.program_id(1) if SPLIT else 0
-    last = first + 1 if SPLIT else CHUNKS
     WIDE: tl.constexpr = streams.dtype.element_ty == tl.float32
-    for chunk in range(first, last):
-        d = chunk * BD + tl.arange(0, BD)
+    if MIX:
+        a = ()
+        for i in tl.static_range(S):
+            values = tl.load(
+                fn + row[:, None] * (S * D) + i * D + d[None, :],
+                mask=(row < ROWS)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            a = a + (_parts(values.to(tl.float32), WIDE),)
+    for tile in range(TILES):
+        tokens = (tl.program_id(1) * TILES + tile).to(tl.int64) * TT + tl.arange(0, TT)
+        live = tokens < T
         inside = (d < D)[:, None] & live[None, :]
         place = tokens[None, :] * (S * D) + d[:, None]
         if POST:
@@ -97,43 +93,31 @@ def _streams(
             y = tl.load(z + tokens[None, :] * D + d[:, None], mask=inside, other=0.0)
             y = y.to(tl.float32)
             for j in tl.static_range(S):
-                value = mixer[j] * x[0]
+                mixer = comb + tokens * (S * S) + j
+                value = tl.load(mixer, mask=live, other=0.0)[None, :] * x[0]
                 for i in tl.static_range(1, S):
-                    value = tl.fma(mixer[i * S + j], x[i], value)
-                value = tl.fma(gain[j], y, value).to(out.dtype.element_ty)
+                    factor = tl.load(mixer + i * S, mask=live, other=0.0)[None, :]
+                    value = tl.fma(factor, x[i], value)
+                gain = tl.load(post + tokens * S + j, mask=live, other=0.0)[None, :]
+                value = tl.fma(gain, y, value).to(out.dtype.element_ty)
                 tl.store(out + place + j * D, value, mask=inside)
             # Read back what was just written: carried over in registers, it would be computed again
             # for every layout that the products need.
             tl.debug_barrier()
         if MIX:
-            acc = tl.zeros((WIDTH, TT), dtype=tl.float32)
-            square = tl.zeros((TT, TT), dtype=tl.float32)
+            products = tl.zeros((WIDTH, TT), dtype=tl.float32)
+            squares = tl.zeros((TT, TT), dtype=tl.float32)
             for i in tl.static_range(S):
                 x_i = tl.load(out + place + i * D, mask=inside, other=0.0)
-                a = tl.load(
-                    fn + row[:, None] * (S * D) + i * D + d[None, :],
-                    mask=(row < ROWS)[:, None] & (d < D)[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                acc = _project(a, x_i, acc, WIDE)
-                if WIDE:
-                    square = tl.dot(tl.trans(x_i), x_i, square, input_precision="ieee")
-                else:
-                    square = tl.dot(tl.trans(x_i), x_i, square)
-            products += acc
-            squares += square
-    if MIX:
-        place = tokens * WIDTH
-        if SPLIT:
-            place += tl.program_id(1).to(tl.int64) * T * WIDTH
-        tl.store(
-            parts + place[None, :] + row[:, None],
-            products,
-            mask=(row < ROWS)[:, None] & live[None, :],
-        )
-        own = tl.arange(0, TT)[:, None] == tl.arange(0, TT)[None, :]
-        # All but one addend of each column are zero: exact in any order.
-        tl.store(parts + place + ROWS, tl.sum(tl.where(own, squares, 0.0), axis=0), mask=live)
+                for n in tl.static_range(len(a[i])):
+                    products = tl.dot(a[i][n], x_i, products, input_precision="ieee")
+                squares = tl.dot(tl.trans(x_i), x_i, squares, input_precision="ieee")
+            sums = parts + (tl.program_id(0).to(tl.int64) * T + tokens) * WIDTH
+            kept = (row < ROWS)[:, None] & live[None, :]
+            tl.store(sums[None, :] + row[:, None], products, mask=kept)
+            own = tl.arange(0, TT)[:, None] == tl.arange(0, TT)[None, :]
+            # All but one addend of each column are zero: exact in any order.
+            tl.store(sums + ROWS, tl.sum(tl.where(own, squares, 0.0), axis=0), mask=live)
 
 
 @triton.jit
@@ -165,6 +149,7 @@ def _read_streams(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """y of one token: RMSNorm(Σ (sigmoid(mix_i·scale₀ + base_i) + hc_eps)·X_i)."""
     lane = tl.arange(0, WIDTH)
@@ -173,10 +158,10 @@ def _read_streams(
     for i in tl.static_range(S):
         place = token.to(tl.int64) * S * D + i * D + d
         x = x + (tl.load(streams + place, mask=d < D, other=0.0),)
-    mix = tl.zeros((WIDTH,), dtype=tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        place = (chunk * T + token).to(tl.int64) * WIDTH
-        mix += tl.load(parts + place + lane, mask=lane <= ROWS, other=0.0)
+    chunk = tl.arange(0, CHUNKS).to(tl.int64)[:, None]
+    present = (chunk * BD < D) & (lane <= ROWS)[None, :]
+    place = (chunk * T + token) * WIDTH + lane[None, :]
+    mix = tl.sum(tl.load(parts + place, mask=present, other=0.0), axis=0)
     inverse = tl.rsqrt(_pick(mix, lane, ROWS) / (S * D) + norm_eps)
     first = tl.load(scale)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -208,15 +193,16 @@ def _mix_streams(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """post and comb of a tile of tokens; a token's S×S matrix is S² registers."""
     tokens = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     live = tokens < T
     lane = tl.arange(0, WIDTH)[None, :]
-    mix = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        place = (tokens + chunk * T)[:, None] * WIDTH
-        mix += tl.load(parts + place + lane, mask=live[:, None] & (lane <= ROWS), other=0.0)
+    chunk = tl.arange(0, CHUNKS)[None, :, None]
+    present = (chunk * BD < D) & (lane <= ROWS)[:, None, :] & live[:, None, None]
+    place = (chunk * T + tokens[:, None, None]) * WIDTH + lane[:, None, :]
+    mix = tl.sum(tl.load(parts + place, mask=present, other=0.0), axis=1)
     inverse = tl.rsqrt(_pick(mix, lane, ROWS) / (S * D) + norm_eps)
     second = tl.load(scale + 1) + tl.zeros_like(inverse)
     third = tl.load(scale + 2) + tl.zeros_like(inverse)
@@ -288,18 +274,19 @@ def _finish(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     HEAD: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """Programs 0 … T−1 make y; the rest post and comb of TOKENS tokens each (not for HEAD)."""
     program = tl.program_id(0)
     if HEAD or program < T:
         _read_streams(
             program, streams, parts, base, scale, norm, y, T, D, norm_eps, hc_eps,
-            CHUNKS, S, ROWS, WIDTH, BLOCK,
+            CHUNKS, S, ROWS, WIDTH, BLOCK, BD,
         )  # fmt: skip
     else:
         _mix_streams(
             program - T, parts, base, scale, post, comb, T, D, norm_eps, hc_eps, iterations,
-            CHUNKS, S, ROWS, WIDTH, TOKENS,
+            CHUNKS, S, ROWS, WIDTH, TOKENS, BD,
         )  # fmt: skip
 
 
@@ -308,24 +295,22 @@ def _run_streams(
     fn: Tensor | None,
     post_step: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """New streams (or the given ones) and `parts [chunks or 1, T, width]`, empty without `fn`."""
+    """New streams (or the given ones) and `parts [chunks, T, width]`, without tokens if without fn."""
     streams = streams.contiguous()
     tokens, count, dim = streams.shape
     rows = fn.shape[0] if fn is not None else 0
     width = max(16, triton.next_power_of_2(rows + 1))
     chunks = -(-dim // DIMS)
-    split = tokens <= SPLIT_TOKENS
-    device = streams.device
-    shape = (chunks if split else 1, tokens if fn is not None else 0, width)
-    parts = torch.empty(shape, dtype=torch.float32, device=device)
+    shape = (chunks, tokens if fn is not None else 0, width)
+    parts = torch.empty(shape, dtype=torch.float32, device=streams.device)
     out = torch.empty_like(streams) if post_step else streams
     z, post, comb = (each.contiguous() for each in post_step or (streams, parts, parts))
     if tokens:
-        _streams[(-(-tokens // TOKENS), chunks if split else 1)](
+        tiles = TILES if tokens >= MANY_TOKENS else 1
+        _streams[(chunks, -(-tokens // (TOKENS * tiles)))](
             z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
-            CHUNKS=chunks, SPLIT=split, POST=post_step is not None, MIX=fn is not None,
-            S=count, ROWS=rows, WIDTH=width, TT=TOKENS, BD=DIMS,
-            num_warps=4, num_stages=1, **EXACT,
+            POST=post_step is not None, MIX=fn is not None, S=count, ROWS=rows, WIDTH=width,
+            TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=4, num_stages=1, **EXACT,
         )  # fmt: skip
     return out, parts
 
@@ -348,8 +333,8 @@ def _run_finish(
         base, scale, norm = parameters
         _finish[(tokens + (-(-tokens // MIXERS) if iterations else 0),)](
             streams, parts, base, scale, norm, y, post, comb, tokens, dim, *eps, iterations,
-            CHUNKS=parts.shape[0], S=count, ROWS=rows, WIDTH=parts.shape[2],
-            BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations,
+            CHUNKS=triton.next_power_of_2(parts.shape[0]), S=count, ROWS=rows, WIDTH=parts.shape[2],
+            BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations, BD=DIMS,
             num_warps=4, **EXACT,
         )  # fmt: skip
     return y, post, comb

@@ -178,11 +178,11 @@ def _rows(
     else:
         still = tl.load(x + row * DIM + d, mask=d < n, other=0.0).to(tl.float32)
         turned = tl.load(x + row * DIM + n + r, mask=r >= 0, other=0.0).to(tl.float32)
-    scales = DATA * N.to(tl.int64) + row * SCALE_BYTES
+    scales = DATA * tl.cast(N, tl.int64) + row * SCALE_BYTES
     store_row(storage, row * DATA, scales, still, turned, d, r, n, SCALE_BYTES, KIND, GROUP)
     if KIND != PLAIN:
         if row == N - 1:
-            spare = (DATA + SCALE_BYTES) * N.to(tl.int64) + tl.arange(0, PADDING)
+            spare = (DATA + SCALE_BYTES) * tl.cast(N, tl.int64) + tl.arange(0, PADDING)
             tl.store(storage + spare, tl.zeros((PADDING,), dtype=tl.uint8), mask=spare < PAGE)
 
 
@@ -211,8 +211,8 @@ def _copy_rows(
     tl.store(page + offset * DATA + i, value, mask=i < DATA)
     if SCALES:
         i = tl.arange(0, SCALES)
-        source = rows + N.to(tl.int64) * DATA + row * SCALE_BYTES + i
-        target = page + PER_PAGE.to(tl.int64) * DATA + offset * SCALE_BYTES + i
+        source = rows + tl.cast(N, tl.int64) * DATA + row * SCALE_BYTES + i
+        target = page + tl.cast(PER_PAGE, tl.int64) * DATA + offset * SCALE_BYTES + i
         tl.store(target, tl.load(source, mask=i < SCALE_BYTES), mask=i < SCALE_BYTES)
 
 

@@ -221,7 +221,16 @@ def _pick(
         limit = tl.load(top_k + FIRST + row).to(tl.int64)
         if (limit > 0) & (limit < tl.sum(counts)):
             least, above, upto = _find_logit(
-                sorted_keys, running, scale, counts, least, most, limit.to(tl.float64), True, False, WAYS
+                sorted_keys,
+                running,
+                scale,
+                counts,
+                least,
+                most,
+                limit.to(tl.float64),
+                True,
+                False,
+                WAYS,
             )
             counts = _with_ties(above, upto, limit - tl.sum(above))
 

@@ -296,7 +296,7 @@ class _Reply:
         yield sse.named("message_stop", {"type": "message_stop"})
 
     def _start(self) -> bytes:
-        empty = {"content": [], "stop_reason": None, "stop_sequence": None}
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         message = {**self._head, **empty, "usage": self._usage() | {"output_tokens": 0}}
         return sse.named("message_start", {"type": "message_start", "message": message})
 
@@ -331,7 +331,7 @@ def _block(section: Section) -> dict[str, Any]:
 def _event(change: Change, section: Section, text: str) -> dict[str, Any]:
     match change:
         case Change.OPENED:
-            block: dict[str, Any] = {
+            blocks: dict[Kind, dict[str, Any]] = {
                 Kind.REASONING: {"type": "thinking", "thinking": "", "signature": ""},
                 Kind.CONTENT: {"type": "text", "text": ""},
                 Kind.CALL: {
@@ -340,7 +340,8 @@ def _event(change: Change, section: Section, text: str) -> dict[str, Any]:
                     "name": section.name,
                     "input": {},
                 },
-            }[section.kind]
+            }
+            block = blocks[section.kind]
             return {"type": "content_block_start", "index": section.index, "content_block": block}
         case Change.GREW:
             delta = {
