@@ -4,10 +4,11 @@ Contract: one command, one module, and one line here. Importing this loads no to
 what it needs when it runs.
 """
 
-from fourfold.cli import chat, compile, generate, serve, synth
+from fourfold.cli import bench, chat, compile, generate, serve, synth
 from fourfold.cli.group import main
 
 for _command in (
+    bench.bench,
     chat.chat,
     compile.compile_,
     generate.generate,

@@ -52,12 +52,12 @@ def main(context: click.Context) -> None:
     check_variables(known_variables(context.command))
 
 
-def known_variables(group: click.Command) -> set[str]:
-    """The environment variables that any command's flags have."""
-    commands = group.commands.values() if isinstance(group, click.Group) else ()
+def known_variables(command: click.Command) -> set[str]:
+    """The environment variables that the flags of a command, or of those below it, have."""
     found: set[str] = set()
-    for command in commands:
-        for parameter in command.params:
-            names = parameter.envvar or ()
-            found |= {names} if isinstance(names, str) else set(names)
+    for each in command.commands.values() if isinstance(command, click.Group) else ():
+        found |= known_variables(each)
+    for parameter in command.params:
+        names = parameter.envvar or ()
+        found |= {names} if isinstance(names, str) else set(names)
     return found

@@ -30,6 +30,7 @@ from fourfold.core.errors import RequestError
 from fourfold.core.request import FinishReason, Request, RequestOutput
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.capacity import Capacity, engine_row_formats
+from fourfold.engine.graphs import DecodeGraphs, capture_sizes
 from fourfold.engine.loading import LoadedModel
 from fourfold.engine.masks import MaskMaker, TokenMask
 from fourfold.engine.memory import plan_memory
@@ -118,6 +119,7 @@ class Engine:
         self.scheduler = Scheduler(limits, cache)
         self.stats = Stats(num_drafts=drafts)
         self.fingerprint = repr((loaded.identity, model, loaded.dtype, formats, drafts > 0))
+        self.notes = self._capture()
         self._requests: dict[str, list[Sequence]] = {}
         self._held: dict[str, list[Sequence]] = {}  # sequences that wait for their first one
         self._arrivals = 0
@@ -127,6 +129,19 @@ class Engine:
         # A CPU is not free to work ahead.
         self._overlapped = device.type != "cpu" if overlapped is None else overlapped
         self._flight: Flight | None = None
+
+    def _capture(self) -> tuple[str, ...]:
+        """Capture decode steps where that can be done; what there is to say about it."""
+        if self.loaded.device.torch_device.type == "cpu":
+            return ()
+        if self.config.enforce_eager:
+            return ("decode steps are not captured: --enforce-eager",)
+        blocking = self.loaded.kernel_plan.reads_host
+        if blocking:
+            return (f"decode steps are not captured: no kernel for {', '.join(blocking)}",)
+        sizes = capture_sizes(self.config.max_num_seqs)
+        self.runner.graphs = DecodeGraphs(self.runner, sizes)
+        return (f"decode steps are captured for up to {sizes[-1]} sequences",)
 
     @property
     def has_work(self) -> bool:

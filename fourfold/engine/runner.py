@@ -35,6 +35,7 @@ from fourfold.core.batch import (
 from fourfold.core.request import TokenLogprobs
 from fourfold.core.row_format import pages_for
 from fourfold.core.state import ModelState
+from fourfold.engine.graphs import DecodeGraphs
 from fourfold.engine.sampler import (
     LogprobTensors,
     Sampler,
@@ -44,7 +45,7 @@ from fourfold.engine.sampler import (
 from fourfold.engine.scheduler import Saving, Step
 from fourfold.engine.sequence import Run, Sequence
 from fourfold.engine.slots import Seats, Settled, SlotTable
-from fourfold.engine.steplayout import Layouts, StepLayout
+from fourfold.engine.steplayout import Layouts
 from fourfold.model.parts import ForwardOutput
 from fourfold.model.v4 import DeepseekV4
 
@@ -82,6 +83,23 @@ class Flight:
     ready: torch.cuda.Event | None
 
 
+class Placed(NamedTuple):
+    """A step after the model: `logits [L, V]` float32, `nonfinite [S]` bool."""
+
+    seats: Seats
+    batch: ForwardBatch
+    out: ForwardOutput
+    logits: Tensor
+    nonfinite: Tensor
+
+
+class Finished(NamedTuple):
+    """A step after sampling: what was sampled in every row `[L]`, and `Flight.answers`."""
+
+    sampled: Tensor
+    answers: Tensor
+
+
 class Runner:
     """A model, its state, and the device they live on."""
 
@@ -109,6 +127,7 @@ class Runner:
             model.embed.table.dtype,
             device,
         )
+        self.graphs: DecodeGraphs | None = None
         self._layouts = Layouts(config.compress_ratios, self.ring_rows, device)
         self._last_slots: tuple[list[int], Tensor] = ([], torch.zeros(0))
 
@@ -156,25 +175,27 @@ class Runner:
     @torch.inference_mode()
     def launch(self, runs: tuple[Run, ...]) -> Flight:
         """Start a step over `runs`, behind all steps launched before."""
-        seats = self.slots.seat(self._layouts.of(runs), self._slots(runs))
-        batch = self.slots.place(seats, self._known_tokens(runs))
-        out = self.model.forward(batch, self.state)
-        nonfinite = self._nonfinite(batch, out)
         sampling = [run for run in runs if run.samples]
-        sampled = self._sample(sampling, out.logits, batch, seats)
-        settled = self.slots.settle(seats, batch, sampled, nonfinite, out.streams, self.model.ops)
-        drafts = self._draft(runs, seats.step, batch, out, sampled, settled)
-        self.slots.tokens[seats.mine, 1:] = drafts
-        answers = torch.cat([settled.taken.unsqueeze(1), settled.picks, drafts], dim=1)
-        logprobs = self.sampler.logprobs(out.logits, sampling, sampled) if sampling else None
-        if logprobs is not None:
-            logprobs = replace(logprobs, tensors=self._all_home(logprobs.tensors))
+        graph = self.graphs.find(runs) if self.graphs else None
+        if graph is not None:
+            placed = graph.forward([run.sequence.state_slot for run in runs])
+        else:
+            seats = self.slots.seat(self._layouts.of(runs), self._slots(runs))
+            placed = self.forward(seats, self._known_tokens(runs))
+        # Log probabilities are of the logits as the model gave them.
+        logits = self.sampler.adjust(placed.logits, sampling) if sampling else placed.logits
+        given = placed.logits if logits is placed.logits else placed.logits.clone()
+        if graph is not None:
+            settled = graph.finish(logits)
+        else:
+            settled = self.finish(placed, logits, self._known_after(runs))
+        logprobs = self.sampler.logprobs(given, sampling, settled.sampled)
         flight = Flight(
             runs,
-            self._home(answers),
-            self._home(nonfinite),
-            logprobs,
-            self._prompt_logprobs(runs, batch, out),
+            self._home(settled.answers[: len(sampling)]),
+            self._home(placed.nonfinite[: len(runs)]),
+            logprobs and replace(logprobs, tensors=self._all_home(logprobs.tensors)),
+            self._prompt_logprobs(runs, placed.out),
             {
                 number: self._image(run.sequence, 0, run.begin + run.count)
                 for number, run in enumerate(runs)
@@ -185,6 +206,35 @@ class Runner:
         if flight.ready is not None:
             flight.ready.record()
         return flight
+
+    def forward(self, seats: Seats, token_ids: Tensor | None) -> Placed:
+        """The first half of a step: `token_ids [T]` are those the host knows, −1 for the others (None:
+        it knows none). Device work only, the same for the same shapes: it can be captured."""
+        batch = self.slots.place(seats, token_ids)
+        out = self.model.forward(batch, self.state)
+        owners = batch.sequence_ids[batch.logits_tokens]
+        check = self.model.ops.nonfinite_sequences
+        # Logits have numbers of their own that may not be finite.
+        nonfinite = out.nonfinite | check(out.logits, owners, batch.num_sequences)
+        return Placed(seats, batch, out, out.logits.float(), nonfinite)
+
+    def finish(
+        self, placed: Placed, logits: Tensor, known_after: tuple[Tensor, Tensor] | None
+    ) -> Finished:
+        """The second half: sample from `logits [L, V]`, settle, draft. `known_after`: runs that do not
+        sample, and the next token of each. Device work only, as before."""
+        seats, batch = placed.seats, placed.batch
+        if not logits.shape[0]:
+            sampled = batch.token_ids[:0]
+        else:
+            sampled = self.sampler.sample(logits, batch, seats)
+        settled = self.slots.settle(
+            seats, batch, sampled, placed.nonfinite, placed.out.streams, self.model.ops
+        )
+        drafts = self._draft(placed, sampled, settled, known_after)
+        self.slots.tokens[seats.mine, 1:] = drafts
+        answers = torch.cat([settled.taken.unsqueeze(1), settled.picks, drafts], dim=1)
+        return Finished(sampled, answers)
 
     def collect(self, flight: Flight) -> list[RunResult]:
         """Wait for a step; what each of its runs brought."""
@@ -248,36 +298,39 @@ class Runner:
                 ids += run.sequence.token_ids[run.begin : run.begin + run.count]
         return to_device([np.array(ids, np.int64)], self.device)[0]
 
-    def _nonfinite(self, batch: ForwardBatch, out: ForwardOutput) -> Tensor:
-        """Which sequences met a number that is not finite, their logits included."""
-        owners = batch.sequence_ids[batch.logits_tokens]
-        check = self.model.ops.nonfinite_sequences
-        return out.nonfinite | check(out.logits, owners, batch.num_sequences)
-
-    def _sample(
-        self, sampling: Seq[Run], logits: Tensor, batch: ForwardBatch, seats: Seats
-    ) -> Tensor:
-        if not sampling:
-            return torch.zeros(0, dtype=torch.int64, device=self.device)
-        return self.sampler.sample(logits, sampling, batch, seats)
+    def _known_after(self, runs: Seq[Run]) -> tuple[Tensor, Tensor] | None:
+        """Numbers of the runs that do not sample, and the token after each; only the MTP layer asks."""
+        known = [
+            (number, run.sequence.token_ids[run.begin + run.count])
+            for number, run in enumerate(runs)
+            if not run.samples
+        ]
+        if not known or not self.num_drafts:
+            return None
+        numbers, ids = to_device(list(np.array(known, np.int64).T), self.device)
+        return numbers, ids
 
     def _draft(
         self,
-        runs: Seq[Run],
-        step: StepLayout,
-        batch: ForwardBatch,
-        out: ForwardOutput,
+        placed: Placed,
         sampled: Tensor,
         settled: Settled,
+        known_after: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Guesses at the tokens after each sampling run's last, `[R, k]`: one from the MTP layer over
         the whole batch, on the main model's streams, each further one from the layer's own."""
         if not self.num_drafts:
             return settled.picks[:, :0]
-        mtp, state = self.model.mtp[0], self.state.mtp[0]
-        following = self._following(runs, batch, sampled)
-        last = step.pick(settled.last)
-        guess = mtp.forward(out.streams, following, replace(batch, logits_tokens=last), state)
+        mtp, state, batch = self.model.mtp[0], self.state.mtp[0], placed.batch
+        # What comes after each token: the next one, what was sampled, or the next one known.
+        following = batch.token_ids.roll(-1)
+        following[batch.logits_tokens] = sampled
+        if known_after is not None:
+            following[batch.cu_seqlens_q[known_after[0] + 1] - 1] = known_after[1]
+        last = placed.seats.step.pick(settled.last)
+        guess = mtp.forward(
+            placed.out.streams, following, replace(batch, logits_tokens=last), state
+        )
         if not last.shape[0]:
             return settled.picks.new_zeros(0, self.num_drafts)
         ids, streams = self._likeliest(guess.logits), guess.streams[last]
@@ -289,28 +342,13 @@ class Runner:
             drafts.append(ids)
         return torch.stack(drafts, dim=1)
 
-    def _following(self, runs: Seq[Run], batch: ForwardBatch, sampled: Tensor) -> Tensor:
-        """The token after each token of the batch: the next one, what was sampled, or, after a run
-        that does not sample, the next one known."""
-        following = batch.token_ids.roll(-1)
-        following[batch.logits_tokens] = sampled
-        known = [
-            (number, run.sequence.token_ids[run.begin + run.count])
-            for number, run in enumerate(runs)
-            if not run.samples
-        ]
-        if known:
-            numbers, ids = to_device(list(np.array(known, np.int64).T), self.device)
-            following[batch.cu_seqlens_q[numbers + 1] - 1] = ids
-        return following
-
     def _likeliest(self, logits: Tensor) -> Tensor:
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed, float("-inf"))
         return logits.argmax(-1)
 
     def _prompt_logprobs(
-        self, runs: Seq[Run], batch: ForwardBatch, out: ForwardOutput
+        self, runs: Seq[Run], out: ForwardOutput
     ) -> dict[int, list[tuple[Seq[int], LogprobTensors]]]:
         """For the runs that ask for them: prompt tokens after the run's own with their log
         probabilities, in tiles of rows."""

@@ -42,19 +42,26 @@ class Sampler:
     def __init__(self, ops: KernelPlan, allowed: Tensor | None, device: torch.device):
         self.ops, self.allowed, self.device = ops, allowed, device
 
-    def sample(self, logits: Tensor, runs: Seq[Run], batch: ForwardBatch, seats: Seats) -> Tensor:
-        """A token for every row of `logits [L, V]`; `runs` are those that sample."""
-        adjusted = self.ops.adjust_logits(
-            logits.float(), self._adjustments(runs), self._allowed(runs)
-        )
+    def adjust(self, logits: Tensor, runs: Seq[Run]) -> Tensor:
+        """`logits [L, V]` after what the requests of the sampling `runs` ask to be changed in them."""
+        changes, allowed = self._adjustments(runs), self._allowed(runs, logits.shape[1])
+        if changes is None and allowed is None:
+            return logits
+        count = sum(1 + run.num_drafts for run in runs)
+        adjusted: Tensor = self.ops.adjust_logits(logits[:count], changes, allowed)
+        return torch.cat([adjusted, logits[count:]])
+
+    def sample(self, logits: Tensor, batch: ForwardBatch, seats: Seats) -> Tensor:
+        """A token for every row of `logits [L, V]` float32."""
+        known = self.ops.adjust_logits(logits, None, self.allowed)
         # A row samples the token after its own.
         numbers = self.ops.uniform(seats.streams, batch.positions[batch.logits_tokens] + 1)
         rows = SamplingRows(seats.temperature, seats.top_p, seats.top_k, seats.min_p, numbers)
-        sampled: Tensor = self.ops.sample(adjusted, rows)
+        sampled: Tensor = self.ops.sample(known, rows)
         return sampled
 
     def logprobs(self, logits: Tensor, runs: Seq[Run], sampled: Tensor) -> WantedLogprobs | None:
-        """For the runs that ask for log probabilities; None if nobody does."""
+        """For the sampling runs that ask for log probabilities; None if nobody does."""
         counts = [run.sequence.request.params.logprobs for run in runs]
         if all(count is None for count in counts):
             return None
@@ -70,6 +77,8 @@ class Sampler:
         )
 
     def _adjustments(self, runs: Seq[Run]) -> Adjustments | None:
+        if not any(run.sequence.changes_logits for run in runs):
+            return None
         rows: list[int] = []
         tokens: list[int] = []
         repetitions: list[float] = []
@@ -93,16 +102,16 @@ class Sampler:
             torch.tensor(biases, dtype=torch.float32).to(self.device),
         )
 
-    def _allowed(self, runs: Seq[Run]) -> Tensor | None:
-        """What may be sampled, `[V]` or `[L, V]`: the tokenizer's ids, less what masks forbid."""
+    def _allowed(self, runs: Seq[Run], vocabulary: int) -> Tensor | None:
+        """What masks allow, bool `[L, V]`; None without any."""
+        if all(run.sequence.mask is None for run in runs):
+            return None
         masks = []
         for run, (begin, end) in zip(runs, _spans(runs), strict=True):
             mask = run.sequence.mask
             if mask is not None:
                 bits = mask.allowed(run.sequence.drafts[: end - begin - 1])
                 masks.append((range(begin, end), bits))
-        if not masks:
-            return self.allowed
         count = sum(1 + run.num_drafts for run in runs)
         width = masks[0][1].shape[1]
         packed = np.full((count, width), -1, np.int32)
@@ -111,9 +120,7 @@ class Sampler:
         words = torch.from_numpy(packed).to(self.device)
         shifts = torch.arange(32, dtype=torch.int32, device=self.device)
         allowed = ((words.unsqueeze(-1) >> shifts) & 1).flatten(1).bool()
-        if self.allowed is None:
-            return allowed
-        return allowed[:, : self.allowed.shape[0]] & self.allowed
+        return allowed[:, :vocabulary]
 
 
 def _spans(runs: Seq[Run]) -> Iterator[tuple[int, int]]:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from fourfold.core.batch import ForwardBatch, place, to_device
+from fourfold.core.request import MAX_STOP_TOKENS
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.steplayout import StepLayout
 from fourfold.ops.registry import KernelPlan
 from fourfold.ops.sampling import random_streams
 
-MAX_STOPS = 64  # stop tokens a sequence may have
+MAX_STOPS = MAX_STOP_TOKENS + 1  # the end-of-sequence token too
 MAX_TOP_K = 1 << 31  # no vocabulary is larger
 
 
@@ -66,7 +67,11 @@ class Seats:
 
 
 class SlotTable:
-    """Columns by slot; `width` pages a sequence at most, `streams` the shape of a token's streams."""
+    """Columns by slot; `width` pages a sequence at most, `streams` the shape of a token's streams.
+
+    One slot more than sequences can have is never alive: what pads a captured step sits there, as many
+    as it takes.
+    """
 
     def __init__(
         self,
@@ -77,6 +82,9 @@ class SlotTable:
         dtype: torch.dtype,
         device: torch.device,
     ):
+        self.nobody = num_slots
+        num_slots += 1
+
         def integers(*shape: int) -> Tensor:
             return torch.zeros(num_slots, *shape, dtype=torch.int64, device=device)
 
@@ -144,13 +152,17 @@ class SlotTable:
         self.block_table[where, index] = page
 
     def seat(self, step: StepLayout, slots: Tensor) -> Seats:
-        """The runs of a step in `slots [S]`."""
+        """The runs of a step in `slots [S]`, which may be the last step's."""
         last = self._seats
-        if last is not None and last.step is step and last.slots is slots:
-            return last
+        if last is None or last.step is not step or last.slots is not slots:
+            last = self._seats = self.seats(step, slots, self._most_stops)
+        return last
+
+    def seats(self, step: StepLayout, slots: Tensor, stops: int = MAX_STOPS) -> Seats:
+        """The runs of a step in `slots [S]`, none of which has more stop tokens than `stops`."""
         layout, mine = step.layout, step.pick(slots)
         fold_slots, rows = slots * self.versions, slots[layout.sequence_ids[layout.logits_tokens]]
-        self._seats = Seats(
+        return Seats(
             step,
             slots,
             mine,
@@ -158,14 +170,13 @@ class SlotTable:
             fold_slots,
             fold_slots[layout.fold_owners] + step.keep_versions,
             self.ends[mine],
-            self.stops[mine, : self._most_stops].unsqueeze(1),
+            self.stops[mine, :stops].unsqueeze(1),
             self.random[rows],
             self.temperature[rows],
             self.top_p[rows],
             self.top_k[rows],
             self.min_p[rows],
         )
-        return self._seats
 
     def place(self, seats: Seats, token_ids: Tensor | None) -> ForwardBatch:
         """The batch, after all steps launched before. `token_ids [T]` are those the host knows, −1 for

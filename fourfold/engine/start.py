@@ -51,7 +51,7 @@ def engine_info(engine: Engine, location: ModelLocation) -> EngineInfo:
         bos_token_id=loaded.config.bos_token_id,
         eos_token_id=loaded.config.eos_token_id,
         num_speculative_tokens=engine.config.num_speculative_tokens,
-        notes=(*loaded.checkpoint.resolution.lines(), *loaded.notes),
+        notes=(*loaded.checkpoint.resolution.lines(), *loaded.notes, *engine.notes),
         capacity=tuple(engine.capacity.describe()),
     )
 

@@ -70,6 +70,7 @@ class Compiled:
     resources: Resources | None = None
     error: str = ""
     cached: bool = False  # it was there already
+    digest: str = ""  # its name in the cache
 
     @property
     def ok(self) -> bool:
@@ -151,7 +152,7 @@ def compile_variant(variant: Variant, arch: Arch) -> Compiled:
             return Compiled(variant, arch.name, took, error=_reason(error))
     needs = resources(binary)
     took = time.perf_counter() - began
-    return Compiled(variant, arch.name, took, needs, needs.excess(arch), all(hits))
+    return Compiled(variant, arch.name, took, needs, needs.excess(arch), all(hits), binary.hash)
 
 
 def _reason(error: BaseException) -> str:

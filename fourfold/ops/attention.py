@@ -23,7 +23,7 @@ from fourfold.core.batch import ForwardBatch
 from fourfold.core.row_format import RowFormat, RowKind
 from fourfold.core.rows import RowPages
 from fourfold.core.tensor import accumulate_dtype, dtype_name
-from fourfold.ops.indexer import page_slots, paged_case
+from fourfold.ops.indexer import MIXED, Runs, page_slots, paged_case
 from fourfold.ops.registry import Case, CaseMaker, Tolerance, op
 from fourfold.ops.rows import encode_rows, read_rows, store_rows
 
@@ -40,9 +40,10 @@ def _case(
     window: int = 20,
     topk: int = 5,
     size: float = 1.0,
+    runs: Runs = MIXED,
 ) -> Case:
     """A batch as `paged_case` makes it; rows are `size` times, queries 1 / `size` times normal."""
-    batch, pages = paged_case(make, format, ratio or 4, size)
+    batch, pages = paged_case(make, format, ratio or 4, size, runs)
     ring, dim = RowPages.zeros(format, 3, 24, make.device), format.dim
     rows = encode_rows(make.randn(72, dim, scale=size), format)
     store_rows(ring, rows, torch.arange(72, device=make.device))
@@ -72,13 +73,16 @@ def _cases(make: CaseMaker) -> Iterator[Case]:
         for ratio in (0, 4, 128):
             yield _case(make, f"{name} rows, ratio {ratio}", format, ratio)
         yield _case(make, f"{name} rows, a longer list", format, 4, heads=3, topk=70)
-        yield _case(make, f"{name} rows, a window of one", format, 4, heads=1, window=1)
+        yield _case(make, f"{name} rows, a prompt", format, 4, runs=((0, 40),))
+    lanes = tuple((9 * i, 1) for i in range(33))
+    format = RowFormat(RowKind.FP8_GROUPS, 80, 16)
+    yield _case(make, "fp8 rows, one token each", format, 4, heads=1, window=1, runs=lanes)
     ragged = RowFormat(RowKind.FP8_GROUPS, 150, 22)
     yield _case(make, "fp8 rows, ragged", ragged, 4, heads=17, window=24, topk=33)
-    yield _case(make, "fp8 rows, huge", RowFormat(RowKind.FP8_GROUPS, 80, 16), 4, size=1e30)
+    yield _case(make, "fp8 rows, huge", format, 4, size=1e30)
 
 
-@op(_cases, tolerance=Tolerance(float32=2e-5))
+@op(_cases, tolerance=Tolerance(float32=2e-5), reads_host=True)
 def sparse_attention(
     q: Tensor,
     sink: Tensor,

@@ -108,7 +108,7 @@ def _pool_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("one series of 128", _case(make, 128, 1, 20))
 
 
-@op(_pool_cases, tolerance=Tolerance(float32=2e-5))
+@op(_pool_cases, tolerance=Tolerance(float32=2e-5), reads_host=True)
 def compress(
     kv: Tensor,
     gate: Tensor,
@@ -170,7 +170,7 @@ def _store_cases(make: CaseMaker) -> Iterator[Case]:
     )
 
 
-@op(_store_cases, writes=("folds",), differentiable=False)
+@op(_store_cases, writes=("folds",), differentiable=False, reads_host=True)
 def store_folds(folds: Tensor, kept: Tensor, targets: Tensor) -> None:
     """Write `kept[i]` to `folds[targets[i]]`; −1 writes nowhere."""
     kept_rows = (targets >= 0).nonzero().squeeze(-1)

@@ -10,12 +10,13 @@ order, −1 beyond their count. Scores accumulate in the accumulation dtype; NaN
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourfold.core.batch import ForwardBatch, ScheduledBatch, ScheduledSequence, lower
-from fourfold.core.row_format import RowFormat, RowKind, rows_per_page
+from fourfold.core.row_format import RowFormat, RowKind, pages_for, rows_per_page
 from fourfold.core.rows import RowPages
 from fourfold.core.tensor import accumulate_dtype, dtype_name
 from fourfold.ops.registry import Case, CaseMaker, op
@@ -43,19 +44,23 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return order[:, :count].sort(dim=-1).values
 
 
-def paged_case(
-    make: CaseMaker, format: RowFormat, ratio: int, size: float = 1.0
-) -> tuple[ForwardBatch, RowPages]:
-    """A batch of three sequences and the pages their compressed rows lie in, scattered.
+Runs = tuple[tuple[int, int], ...]
+MIXED: Runs = ((0, 18), (41, 3), (300, 1))  # a prompt's start, a run of drafts and one token
 
-    A prompt's start, a run of drafts and one token; rows are `size` times normal.
+
+def paged_case(
+    make: CaseMaker, format: RowFormat, ratio: int, size: float = 1.0, runs: Runs = MIXED
+) -> tuple[ForwardBatch, RowPages]:
+    """A batch of `runs` (position of the first token, tokens) and the pages their rows lie in.
+
+    Pages are scattered; rows are `size` times normal.
     """
-    runs = ((0, 30), (41, 3), (300, 1))
-    pages = ((4,), (2,), (5, 1))
+    free = iter([4, 2, 5, 1])
+    pages = [[next(free, 0) for _ in range(pages_for(c + n))] for c, n in runs]
     batch = lower(
         ScheduledBatch(
             tuple(
-                ScheduledSequence([0] * n, c, block_ids=p, state_slot=i)
+                ScheduledSequence([0] * n, c, block_ids=p, state_slot=i % 3)
                 for i, ((c, n), p) in enumerate(zip(runs, pages, strict=True))
             )
         ),
@@ -79,7 +84,7 @@ def _cases(make: CaseMaker) -> Iterator[Case]:
     for name, format in formats.items():
         for heads, topk in ((8, 6), (3, 1), (17, 40)):
             batch, keys = paged_case(make, format, 4)
-            inputs = {
+            inputs: dict[str, Any] = {
                 "q": make.randn(batch.num_tokens, heads, format.dim),
                 "weights": make.randn(batch.num_tokens, heads, dtype=accumulate_dtype(make.dtype)),
                 "keys": keys,
@@ -95,7 +100,7 @@ def _cases(make: CaseMaker) -> Iterator[Case]:
         yield Case(f"{name}, huge queries", {**inputs, "q": inputs["q"] * 1e30})
 
 
-@op(_cases, differentiable=False)
+@op(_cases, differentiable=False, reads_host=True)
 def index_topk(
     q: Tensor, weights: Tensor, keys: RowPages, batch: ForwardBatch, ratio: int, topk: int
 ) -> Tensor:

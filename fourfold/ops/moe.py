@@ -117,7 +117,7 @@ def _experts_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("upper half", {**upper, "first_expert": 3})
 
 
-@op(_experts_cases, tolerance=Tolerance(float32=2e-5))
+@op(_experts_cases, tolerance=Tolerance(float32=2e-5), reads_host=True)
 def routed_experts(
     y: Tensor,
     ids: Tensor,

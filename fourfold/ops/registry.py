@@ -77,7 +77,8 @@ class Op:
     """An operation of the model. Calling it runs the body.
 
     `writes` names the arguments the op changes in place; every other op is pure. `differentiable`
-    says that autograd through the body is meaningful.
+    says that autograd through the body is meaningful, `reads_host` that the body reads numbers back
+    from the device, so that a step that runs it cannot be captured.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Op:
     writes: tuple[str, ...] = ()
     composite: bool = False
     differentiable: bool = True
+    reads_host: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(*args, **kwargs)
@@ -99,6 +101,7 @@ def op(
     writes: tuple[str, ...] = (),
     composite: bool = False,
     differentiable: bool = True,
+    reads_host: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare a function as the body of the op of the same name."""
 
@@ -111,6 +114,7 @@ def op(
             writes=writes,
             composite=composite,
             differentiable=differentiable,
+            reads_host=reads_host,
         )
 
     return declare
@@ -150,6 +154,7 @@ class KernelPlan:
 
     def __init__(self, ops: Sequence[Op], chosen: Mapping[str, Kernel], choices: Iterable[Choice]):
         self.choices = tuple(choices)
+        self.reads_host = tuple(o.name for o in ops if o.reads_host and o.name not in chosen)
         self._prepare = {name: kernel.prepare for name, kernel in chosen.items() if kernel.prepare}
         self._run: dict[str, Callable[..., Any]] = {}
         for each in ops:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Bpe
 from fourfold.core.errors import ConfigError, RequestError
 
 TOKENIZER_FILE = "tokenizer.json"
+_LONG = 10_000  # characters
 
 
 def _byte_alphabet() -> Mapping[str, int]:
@@ -107,7 +108,12 @@ class Tokenizer:
                 f"the text is not valid Unicode: half a surrogate pair at character {error.start}"
             ) from None
         encoder = self._with_special if allow_special else self._plain
-        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+        if len(text) < _LONG:
+            ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+            return ids
+        # The same tokens; this call lets other threads run meanwhile.
+        (found,) = encoder.encode_batch_fast([text], add_special_tokens=False)
+        ids = found.ids
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

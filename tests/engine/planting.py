@@ -18,8 +18,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, guesses: Callable[[int, int], Sequenc
 
     def planted(self: Runner, *args: Any) -> Tensor:
         drafts = original(self, *args)
-        _, step, batch, _, _, settled = args
-        known = (batch.num_computed_tokens + step.known)[step.sampling] + settled.taken
+        placed, _, settled, _ = args
+        step, computed = placed.seats.step, placed.batch.num_computed_tokens
+        known = (computed + step.known)[step.sampling] + settled.taken
         rows = [(*guesses(n, self.num_drafts), *[0] * self.num_drafts) for n in known.tolist()]
         if not rows:
             return drafts

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fourfold.core.client import StepInfo
 from fourfold.core.config import CacheConfig, EngineConfig
 from fourfold.core.device import detect
 from fourfold.core.request import FinishReason, Request, RequestOutput, SamplingParams
@@ -342,8 +343,17 @@ def test_preempted_at_every_step_equals_never_preempted(
                 scheduler.saved(saving.sequence, engine.runner.save(saving))
             forced += 1
 
+    computed = 0
+
+    def count(step: StepInfo) -> None:
+        nonlocal computed
+        computed += step.num_tokens
+
+    engine._on_step = count
     got = collect(engine, [(tokens, params)], force)[0]
     assert forced > 5
+    # Resuming computes nothing again; starting over does.
+    assert (computed == len(tokens) + 10 - 1) is (room > 0 and not drafts)
     assert got.same(expected)
 
 

@@ -35,7 +35,7 @@ def available() -> list[Kernel]:
 
 def kernels_of(op: str) -> list[Any]:
     """The kernels of one op, as parameters of a test."""
-    return [pytest.param(k, id=k.name) for k in available() if k.op == op]
+    return [pytest.param(k, id=f"{op}={k.name}") for k in available() if k.op == op]
 
 
 def poison() -> None:
@@ -222,3 +222,62 @@ def test_both_ways_of_sorting_tokens_agree(first: int, experts_here: int) -> Non
             expected = moe._sort_many(ids, experts_here, first, tile, most)
             assert torch.equal(got.order, expected.order)
             assert torch.equal(got.tiles, expected.tiles)
+
+
+@pytest.mark.parametrize("kernel", kernels_of("shared_expert"))
+@pytest.mark.parametrize(("dim", "inner"), [(4096, 2048), (512, 256), (160, 96)])
+def test_the_shared_expert_equals_its_body_and_does_not_depend_on_the_batch(
+    dim: int, inner: int, kernel: Kernel
+) -> None:
+    body = next(o for o in OPS if o.name == "shared_expert")
+    w1, w2, w3 = (
+        weight(inner, dim, "e8m0", 1),
+        weight(dim, inner, "f32", 2),
+        weight(inner, dim, "e8m0", 3),
+    )
+    y = torch.randn(2000, dim, device="cuda", dtype=torch.bfloat16) * 4
+    poison()
+    whole = kernel.run(y, w1, w2, w3, 2.0)
+    close(whole, body(y, w1, w2, w3, 2.0), 1.6e-2)
+    for tokens in (1, 2, 16, 33, 64, 65, 200, 256, 257):
+        poison()
+        assert torch.equal(kernel.run(y[5 : 5 + tokens], w1, w2, w3, 2.0), whole[5 : 5 + tokens])
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 300])
+@pytest.mark.parametrize(
+    "kernel", [*kernels_of("linear"), *kernels_of("shared_expert"), *kernels_of("routed_experts")]
+)
+def test_a_captured_graph_replays_what_runs_eagerly(kernel: Kernel, tokens: int) -> None:
+    """Products one after another, so that each must wait for the one before it; new inputs each time."""
+    dim, inner, count = 1024, 512, 8
+    routed = prepared(kernel, experts(MXFP4, "e8m0", count, dim, inner))
+    w1, w2, w3 = (
+        weight(*s, "e8m0", n) for n, s in enumerate([(inner, dim), (dim, inner), (inner, dim)])
+    )
+    ids = torch.randint(count, (tokens, 6), device="cuda")
+    factors = torch.rand(tokens, 6, device="cuda")
+
+    def step(y: Tensor) -> Tensor:
+        for _ in range(3):
+            if kernel.op == "linear":
+                z = kernel.run(kernel.run(y, w1), w2)
+            elif kernel.op == "shared_expert":
+                z = kernel.run(y, w1, w2, w3, 2.0)
+            else:
+                z = kernel.run(y, ids, factors, *routed, 2.0)
+            y = (y + z.to(y.dtype)) * 0.5
+        return y
+
+    static = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
+    step(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(static)
+    for _ in range(20):
+        static.copy_(torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16))
+        ids.copy_(torch.randint(count, (tokens, 6), device="cuda"))
+        graph.replay()
+        got = out.clone()
+        assert torch.equal(got, step(static))

@@ -113,7 +113,9 @@ def test_alone_and_beside_others_with_numbers_that_are_not(ratio: int, series: i
             ScheduledBatch(tuple(sequences[i] for i in chosen)), (ratio,), 8, torch.device("cpu")
         )
         begins = [sum(len(s) for s in sequences[:i]) for i in chosen]
-        tokens = torch.cat([b + torch.arange(len(sequences[i])) for b, i in zip(begins, chosen)])
+        tokens = torch.cat(
+            [b + torch.arange(len(sequences[i])) for b, i in zip(begins, chosen, strict=True)]
+        )
         with poisoned():
             out = run(
                 kv[tokens], gate[tokens], ape, folds, batch, batch.emissions[ratio], ratio,

@@ -42,7 +42,8 @@ def inputs(tokens: int, dim: int) -> tuple[tuple[Tensor, ...], Site]:
 
 @interpreted
 def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
-    """Bit for bit: alone, in a batch, one tile of tokens a program or several, fused or in two steps."""
+    """Bit for bit: alone, in a batch, fused or in two steps, a program for one stream or for all, for one
+    tile of tokens or several."""
     from fourfold.kernels.triton import mhc
 
     arguments, site = inputs(40, 150)
@@ -52,6 +53,7 @@ def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
         assert all(torch.equal(a, b[part]) for a, b in zip(some, whole, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mhc, "MANY_TOKENS", 0)
+        patch.setattr(mhc, "FEW_TOKENS", 0)
         walked = mhc.hc_post_pre(None, *arguments, site)
     assert all(torch.equal(a, b) for a, b in zip(walked, whole, strict=True))
     new = mhc.hc_post(*arguments)

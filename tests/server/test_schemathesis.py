@@ -9,7 +9,7 @@ from tests.server.http import site
 schemathesis = pytest.importorskip(
     "schemathesis", reason="schemathesis is not installed (extra: peers)"
 )
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def test_p2_no_generated_request_causes_a_5xx() -> None:

@@ -196,3 +196,14 @@ def test_transformers_reads_the_same_tokens(tmp_path: Path) -> None:
     ids = Tokenizer.from_directory(tmp_path).encode(text, allow_special=True)
     assert peer.encode(text) == ids
     assert peer.decode(ids) == text
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_long_texts_have_the_same_tokens(
+    allow_special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go another way through the library."""
+    text = "The capital, 你好 <think>🙂</think>\n" * 600
+    ids = TINY.encode(text, allow_special)
+    monkeypatch.setattr("fourfold.text.tokenizer._LONG", 1 << 30)
+    assert TINY.encode(text, allow_special) == ids

@@ -25,11 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fourfold.core.device import Feature
 from fourfold.kernels.nvidia.overlap import after_previous
-from fourfold.kernels.triton.linear import FEW_TOKENS, Operands, add_chunks, linear
+from fourfold.kernels.triton.linear import Operands, linear
+from fourfold.kernels.triton.shared import shared_expert
 from fourfold.ops.registry import Kernel
 
 ROWS, WARPS = 64, 4  # of a tile
-PDL = True
+GROUP = 16  # blocks of rows that the programs of one wave share
 
 
 @gluon.jit
@@ -56,7 +57,7 @@ def _tiles(
     w, w_scale, x, x_scale, out, T, N, BLOCKS,
     CHUNK: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr,
     E8M0: gl.constexpr, TN: gl.constexpr, TT: gl.constexpr, NW: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A [TN rows, TT tokens] tile of outᵀ; with SPLIT of one chunk's partial sums [CHUNKS, T, N].
 
@@ -101,8 +102,7 @@ def _tiles(
             async_copy.async_copy_global_to_shared(buf_w.index(block % STAGES), w_ptr + block * TK)
     if FP8:
         s_w = _block_scale(w_scale, begin * CHUNK, E8M0)
-    if PDL:
-        T = after_previous(T)
+    T = after_previous(T)
     t = gl.minimum(tile_t * TT + gl.arange(0, TT, layout=gl.SliceLayout(1, layout)), T - 1)
     x_ptr = gl.multiple_of(x + t.to(gl.int64)[:, None] * K + k[None, :], [1, 16])
     s_ptr = x_scale + gl.minimum(tile_t * TT + gl.arange(0, TT, layout=flat), T - 1)
@@ -155,49 +155,50 @@ def _tiles(
 
 @dataclass(frozen=True)
 class Shape:
-    """How products are cut: tokens a tile, copies in flight, blocks of rows that a wave shares."""
+    """How products are cut: tokens a tile, and blocks that shared memory holds."""
 
     tokens: int
     stages: int
-    group: int = 16
 
 
 def tile_shape(tokens: int, fp8: bool) -> Shape:
     """The cut for a number of tokens."""
     if tokens <= 64:
-        return Shape(max(triton.next_power_of_2(tokens), 8), 6)
+        return Shape(max(triton.next_power_of_2(tokens), 8), 4 if fp8 else 6)
     return Shape(128, 3 if fp8 else 4)
 
 
-def products(o: Operands, out: Tensor) -> bool:
-    """Write `out [T, N]` if these products take the operands; see `Operands`."""
+def products(o: Operands, target: Tensor) -> bool:
+    """Write `target` if these products take the operands; see `Operands`."""
     tokens, size = o.x.shape
     rows = o.w.shape[0]
     if size % o.block or o.x.dtype == torch.float32 or (o.w.data_ptr() | o.x.data_ptr()) % 16:
         return False
-    split = tokens <= FEW_TOKENS and o.chunks > 1
-    target = out
-    if split:
-        target = torch.empty(o.chunks, tokens, rows, dtype=torch.float32, device=out.device)
     shape = tile_shape(tokens, o.fp8)
-    grid = (-(-rows // ROWS) * -(-tokens // shape.tokens), o.chunks if split else 1)
+    grid = (-(-rows // ROWS) * -(-tokens // shape.tokens), o.chunks if o.split else 1)
     _tiles[grid](
         o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size // o.block,
-        CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=split, FP8=o.fp8,
+        CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=o.split, FP8=o.fp8,
         E8M0=o.w_scale.dtype == torch.uint8, TN=ROWS, TT=shape.tokens, NW=WARPS,
-        STAGES=shape.stages, GROUP=shape.group, PDL=PDL, num_warps=WARPS, launch_pdl=PDL,
+        STAGES=shape.stages, GROUP=GROUP, num_warps=WARPS, launch_pdl=True,
     )  # fmt: skip
-    if split:
-        add_chunks(target, out)
     return True
 
 
+_NEEDS = frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA})
 KERNELS = (
     Kernel(
         "linear",
         "sm90",
         partial(linear, products=products),
-        frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA}),
+        _NEEDS,
+        priority=20,
+    ),
+    Kernel(
+        "shared_expert",
+        "sm90",
+        partial(shared_expert, products=products),
+        _NEEDS,
         priority=20,
     ),
 )

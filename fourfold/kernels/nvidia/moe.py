@@ -47,7 +47,6 @@ from fourfold.ops.registry import Kernel
 
 EXPONENT = 6  # codes are expanded to value · 2^−6
 AT_ONCE = 16  # matrices permuted together
-PDL = True
 
 
 @gluon.jit
@@ -108,11 +107,11 @@ def _expand(words):
 
 
 @gluon.jit
-def _fragment(low_0, high_0, low_1, high_1, WT: gl.constexpr, operand: gl.constexpr):
-    """The left operand [64·WT, 32] of one product, from the bytes [WT, 512] of both half tiles."""
-    both = gl.join(gl.join(low_0, high_0), gl.join(low_1, high_1))  # [WT, 512, half, h]
-    both = both.reshape(WT, 4, 8, 4, 4, 2, 2).permute(0, 1, 6, 2, 5, 3, 4)
-    codes = both.reshape(WT * 64, 32).to(gl.float8e4nv, bitcast=True)
+def _fragment(low_0, high_0, low_1, high_1, operand: gl.constexpr):
+    """The left operand [64, 32] of one product, from the bytes [512] of both half tiles."""
+    both = gl.join(gl.join(low_0, high_0), gl.join(low_1, high_1))  # [512, half, h]
+    both = both.reshape(4, 8, 4, 4, 2, 2).permute(0, 5, 1, 4, 2, 3)  # w h g | half q b
+    codes = both.reshape(64, 32).to(gl.float8e4nv, bitcast=True)
     return gl.convert_layout(codes, operand, assert_trivial=True)
 
 
@@ -143,10 +142,10 @@ def _scale(packed, g: gl.constexpr):
 
 
 @gluon.jit
-def _row_scales(s_0, s_1, WT: gl.constexpr, rows: gl.constexpr):
-    """Four int32 [64·WT], one for each strip of 128, each with the exponents of its four groups."""
-    both = gl.join(s_0, s_1).reshape(WT, 4, 8, 4, 2).permute(0, 1, 4, 2, 3)
-    even, odd = gl.split(both.reshape(64 * WT, 2, 2))
+def _row_scales(s_0, s_1, rows: gl.constexpr):
+    """Four int32 [64], one for each strip of 128, each with the exponents of its four groups."""
+    both = gl.join(s_0, s_1).reshape(4, 8, 4, 2).permute(0, 3, 1, 2)
+    even, odd = gl.split(both.reshape(64, 2, 2))
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
     return (
@@ -158,41 +157,55 @@ def _row_scales(s_0, s_1, WT: gl.constexpr, rows: gl.constexpr):
 
 
 @gluon.jit
-def _strip(
-    acc,
-    raw_0,
-    raw_1,
-    packed,
-    x,
-    sx,
-    zero,
-    operand: gl.constexpr,
-    WT: gl.constexpr,
-    PAIRS: gl.constexpr,
-):
+def _strip(acc, raw_0, raw_1, packed, x, sx, zero, operand: gl.constexpr):
     """acc + 128 inputs: a product for each 32, times the row's scale, summed, times the token's."""
     f = _expand(raw_0)
     h = _expand(raw_1)
-    p_0 = _group(_fragment(f[0], f[1], h[0], h[1], WT, operand), x, 0, zero)
-    p_1 = _group(_fragment(f[2], f[3], h[2], h[3], WT, operand), x, 1, zero)
-    c_2 = _fragment(f[4], f[5], h[4], h[5], WT, operand)
-    c_3 = _fragment(f[6], f[7], h[6], h[7], WT, operand)
-    if PAIRS:
-        p_0, p_1 = warpgroup_mma_wait(0, deps=(p_0, p_1))
-        p_2 = _group(c_2, x, 2, zero)
-        p_3 = _group(c_3, x, 3, zero)
-        part = p_0 * _scale(packed, 0)
-        part = gl.fma(p_1, _scale(packed, 1), part)
-        p_2, p_3 = warpgroup_mma_wait(0, deps=(p_2, p_3))
-    else:
-        p_2 = _group(c_2, x, 2, zero)
-        p_3 = _group(c_3, x, 3, zero)
-        p_0, p_1, p_2, p_3 = warpgroup_mma_wait(0, deps=(p_0, p_1, p_2, p_3))
-        part = p_0 * _scale(packed, 0)
-        part = gl.fma(p_1, _scale(packed, 1), part)
+    p_0 = _group(_fragment(f[0], f[1], h[0], h[1], operand), x, 0, zero)
+    p_1 = _group(_fragment(f[2], f[3], h[2], h[3], operand), x, 1, zero)
+    p_2 = _group(_fragment(f[4], f[5], h[4], h[5], operand), x, 2, zero)
+    p_3 = _group(_fragment(f[6], f[7], h[6], h[7], operand), x, 3, zero)
+    p_0, p_1, p_2, p_3 = warpgroup_mma_wait(0, deps=(p_0, p_1, p_2, p_3))
+    part = gl.fma(p_1, _scale(packed, 1), p_0 * _scale(packed, 0))
+    return _second_half(acc, part, p_2, p_3, packed, sx)
+
+
+@gluon.jit
+def _second_half(acc, part, p_2, p_3, packed, sx):
     part = gl.fma(p_2, _scale(packed, 2), part)
     part = gl.fma(p_3, _scale(packed, 3), part)
     return gl.fma(part, gl.expand_dims(sx, 0), acc)
+
+
+@gluon.jit
+def _overlapped(acc, part, q_2, q_3, e, sx, raw_0, raw_1, packed, x, zero, operand: gl.constexpr):
+    """The second half of one strip (e, sx) and the first of the next, each under the other's products.
+
+    Two products in flight are added while two others run: what `_strip` holds at once is halved.
+    """
+    f = _expand(raw_0)
+    h = _expand(raw_1)
+    p_0 = _group(_fragment(f[0], f[1], h[0], h[1], operand), x, 0, zero)
+    p_1 = _group(_fragment(f[2], f[3], h[2], h[3], operand), x, 1, zero)
+    q_2, q_3 = warpgroup_mma_wait(2, deps=(q_2, q_3))
+    acc = _second_half(acc, part, q_2, q_3, e, sx)
+    q_2 = _group(_fragment(f[4], f[5], h[4], h[5], operand), x, 2, zero)
+    q_3 = _group(_fragment(f[6], f[7], h[6], h[7], operand), x, 3, zero)
+    p_0, p_1 = warpgroup_mma_wait(2, deps=(p_0, p_1))
+    part = gl.fma(p_1, _scale(packed, 1), p_0 * _scale(packed, 0))
+    return acc, part, q_2, q_3
+
+
+@gluon.jit
+def _first_half(raw_0, raw_1, packed, x, zero, operand: gl.constexpr):
+    f = _expand(raw_0)
+    h = _expand(raw_1)
+    p_0 = _group(_fragment(f[0], f[1], h[0], h[1], operand), x, 0, zero)
+    p_1 = _group(_fragment(f[2], f[3], h[2], h[3], operand), x, 1, zero)
+    q_2 = _group(_fragment(f[4], f[5], h[4], h[5], operand), x, 2, zero)
+    q_3 = _group(_fragment(f[6], f[7], h[6], h[7], operand), x, 3, zero)
+    p_0, p_1 = warpgroup_mma_wait(2, deps=(p_0, p_1))
+    return gl.fma(p_1, _scale(packed, 1), p_0 * _scale(packed, 0)), q_2, q_3
 
 
 @gluon.jit
@@ -208,32 +221,29 @@ def _product(
     row_sx,
     live,
     live_sx,
-    WT: gl.constexpr,
     TT: gl.constexpr,
-    NW: gl.constexpr,
     AHEAD: gl.constexpr,
-    PDL: gl.constexpr,
 ):
-    """[64·WT, TT]: rows (wt, w, h, g) are row 8 w + g of half tile wt of w_0 (h = 0) or w_1 (h = 1)."""
-    BM: gl.constexpr = 64 * WT
-    PAIRS: gl.constexpr = TT * WT * 4 // NW > 32
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, TT, 32])
+    """[64, TT]: row (w, h, g) is row 8 w + g of a half tile, of w_0's for h = 0, of w_1's for h = 1."""
+    PAIRS: gl.constexpr = TT > 32
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TT, 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [NW // 4, 4], [1, 0])
-    x_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [NW, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    x_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     columns: gl.constexpr = gl.SliceLayout(0, mma)
-    scales: gl.constexpr = _scale_layout(WT, NW)
+    # A thread holds the scales of its own rows of the product.
+    scales: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 4]
+    )
     buf_x = gl.allocate_shared_memory(gl.float8e4nv, [8, TT, 128], gl.NVMMASharedLayout(128, 8, 2))
     buf_sx = gl.allocate_shared_memory(gl.float32, [8, TT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    tile = gl.arange(0, WT, layout=gl.SliceLayout(1, flat))
-    word = gl.arange(0, 512, layout=gl.SliceLayout(0, flat))
-    offset = (tile * (turns * 2048))[:, None] + word[None, :]
-    r = gl.arange(0, 32 * WT, layout=gl.SliceLayout(1, scales))
+    offset = gl.arange(0, 512, layout=flat)
+    r = gl.arange(0, 32, layout=gl.SliceLayout(1, scales))
     j = gl.arange(0, 4, layout=gl.SliceLayout(0, scales))
-    s_offset = ((r // 32) * (turns * 32) + r % 32)[:, None] * 4 + j[None, :]
-    p_0 = gl.multiple_of(w_0 + offset, [1, 16])
-    p_1 = gl.multiple_of(w_1 + offset, [1, 16])
+    s_offset = r[:, None] * 4 + j[None, :]
+    p_0 = gl.multiple_of(w_0 + offset, [16])
+    p_1 = gl.multiple_of(w_1 + offset, [16])
     ring = (gl.load(p_0), gl.load(p_1))
     for strip in gl.static_range(1, AHEAD):
         following = (gl.load(p_0 + strip * 512), gl.load(p_1 + strip * 512))
@@ -241,16 +251,14 @@ def _product(
     sp_0 = gl.multiple_of(s_0 + s_offset, [1, 16])
     sp_1 = gl.multiple_of(s_1 + s_offset, [1, 16])
     e_0, e_1 = gl.load(sp_0), gl.load(sp_1)
-    start = gl.to_tensor(0)
-    if PDL:
-        start = after_previous(start)
+    start = after_previous(gl.to_tensor(0))
     k = gl.arange(0, 128, layout=gl.SliceLayout(0, x_layout))
     x_ptr = gl.multiple_of(x + ((start + row)[:, None] + k[None, :]), [1, 16])
     live_x = live[:, None] & (k >= 0)[None, :]
     sx_ptr = s_x + (start + row_sx)
     _copy_tokens(buf_x, buf_sx, x_ptr, sx_ptr, live_x, live_sx, 0)
-    acc = gl.zeros([BM, TT], gl.float32, layout=mma)
-    zero = gl.zeros([BM, TT], gl.float32, layout=mma)
+    acc = gl.zeros([64, TT], gl.float32, layout=mma)
+    zero = gl.zeros([64, TT], gl.float32, layout=mma)
     last = turns * 4 - 1
     for turn in range(turns):
         async_copy.wait_group(0)
@@ -258,38 +266,47 @@ def _product(
         gl.thread_barrier()
         more = turn + 1 < turns
         _copy_tokens(buf_x, buf_sx, x_ptr, sx_ptr, live_x & more, live_sx & more, turn + 1)
-        e = _row_scales(e_0, e_1, WT, rows)
+        e = _row_scales(e_0, e_1, rows)
         ahead = gl.minimum(turn + 1, turns - 1) * 128
         e_0, e_1 = gl.load(sp_0 + ahead), gl.load(sp_1 + ahead)
-        for strip in gl.static_range(4):
-            slot = (turn % 2) * 4 + strip
-            sx = buf_sx.index(slot).load(columns)
-            acc = _strip(
-                acc, ring[0], ring[1], e[strip], buf_x.index(slot), sx, zero, operand, WT, PAIRS
-            )
-            place = gl.minimum(turn * 4 + strip + AHEAD, last) * 512
+        slot = (turn % 2) * 4
+        if PAIRS:
+            part, q_2, q_3 = _first_half(ring[0], ring[1], e[0], buf_x.index(slot), zero, operand)
+            for strip in gl.static_range(1, 4):
+                place = gl.minimum(turn * 4 + strip - 1 + AHEAD, last) * 512
+                ring = ring[2:] + (gl.load(p_0 + place), gl.load(p_1 + place))  # noqa: RUF005
+                sx = buf_sx.index(slot + strip - 1).load(columns)
+                acc, part, q_2, q_3 = _overlapped(
+                    acc, part, q_2, q_3, e[strip - 1], sx, ring[0], ring[1], e[strip],
+                    buf_x.index(slot + strip), zero, operand,
+                )  # fmt: skip
+            place = gl.minimum(turn * 4 + 3 + AHEAD, last) * 512
             ring = ring[2:] + (gl.load(p_0 + place), gl.load(p_1 + place))  # noqa: RUF005
+            q_2, q_3 = warpgroup_mma_wait(0, deps=(q_2, q_3))
+            sx = buf_sx.index(slot + 3).load(columns)
+            acc = _second_half(acc, part, q_2, q_3, e[3], sx)
+        else:
+            for strip in gl.static_range(4):
+                sx = buf_sx.index(slot + strip).load(columns)
+                tokens = buf_x.index(slot + strip)
+                acc = _strip(acc, ring[0], ring[1], e[strip], tokens, sx, zero, operand)
+                place = gl.minimum(turn * 4 + strip + AHEAD, last) * 512
+                ring = ring[2:] + (gl.load(p_0 + place), gl.load(p_1 + place))  # noqa: RUF005
     async_copy.wait_group(0)
     return acc
 
 
-@gluon.constexpr_function
-def _scale_layout(WT, NW):
-    """[32·WT, 4] int32: a thread holds the scales of its own rows of the product."""
-    repeats = [[32 * i, 0] for i in ((1, 2) if NW == 4 else (2, 4)) if i < WT]
-    warps = [[8, 0], [16, 0]] + ([[32, 0]] if NW == 8 else [])
-    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], *repeats], lanes, warps, [], [32 * WT, 4])
-
-
 @gluon.jit
-def _tile(tiles, TT: gl.constexpr, NW: gl.constexpr):
-    """This program's expert, first place and end, and the places of its columns in two layouts."""
+def _tile(tiles, TT: gl.constexpr):
+    """This program's expert, first place and end, and the places of its columns in two layouts.
+
+    Tiles and order are older than the kernel ahead of this one: they need no waiting.
+    """
     expert = gl.load(tiles + gl.program_id(1) * 3)
     first = gl.load(tiles + gl.program_id(1) * 3 + 1)
     end = gl.load(tiles + gl.program_id(1) * 3 + 2)
-    wide: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [4, 8], [NW, 1], [1, 0]))
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [NW], [0])
+    wide: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     place = first + gl.arange(0, TT, layout=wide)
     place_flat = first + gl.arange(0, TT, layout=flat)
     return expert, first, end, place, place_flat
@@ -298,29 +315,28 @@ def _tile(tiles, TT: gl.constexpr, NW: gl.constexpr):
 @gluon.jit(do_not_specialize=["TURNS", "INNER_TILES"])
 def _gate_up(
     w1, w1_scale, w3, w3_scale, x, x_scale, order, weights, tiles, hidden, TURNS, INNER_TILES, LIMIT,
-    TOPK: gl.constexpr, TT: gl.constexpr, WT: gl.constexpr, NW: gl.constexpr, AHEAD: gl.constexpr,
-    PDL: gl.constexpr,
+    TOPK: gl.constexpr, TT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """hidden[place, n] of one tile of an expert's tokens and 32·WT of its inner features."""
-    expert, first, end, place, place_flat = _tile(tiles, TT, NW)
+    """hidden[place, n] of one tile of an expert's tokens and 32 of its inner features."""
+    expert, first, end, place, place_flat = _tile(tiles, TT)
     if expert >= 0:
         row = gl.load(order + place, mask=place < end, other=0) // TOPK
         row_flat = gl.load(order + place_flat, mask=place_flat < end, other=0) // TOPK
-        tile = expert.to(gl.int64) * INNER_TILES + gl.program_id(0) * WT
+        tile = expert.to(gl.int64) * INNER_TILES + gl.program_id(0)
         base, base_s = tile * TURNS * 2048, tile * TURNS * 128
         acc = _product(
             w1 + base, w3 + base, w1_scale + base_s, w3_scale + base_s, TURNS, x, x_scale,
             row * (TURNS * 512), row_flat * (TURNS * 4), place < end, place_flat < end,
-            WT, TT, NW, AHEAD, PDL,
+            TT, AHEAD,
         )  # fmt: skip
-        gate, up = gl.split(acc.reshape(WT, 4, 2, 8, TT).permute(0, 1, 3, 4, 2))
+        gate, up = gl.split(acc.reshape(4, 2, 8, TT).permute(0, 2, 3, 1))
         gate = gl.minimum(gate, LIMIT)
         up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
-        value = (gate / (1.0 + gl.exp(-gate)) * up).reshape(32 * WT, TT)
-        layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, NW], [0, 1])
+        value = (gate / (1.0 + gl.exp(-gate)) * up).reshape(32, TT)
+        layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, 4], [0, 1])
         value = gl.convert_layout(value, layout)
         t = first + gl.arange(0, TT, layout=gl.SliceLayout(0, layout))
-        n = gl.program_id(0) * 32 * WT + gl.arange(0, 32 * WT, layout=gl.SliceLayout(1, layout))
+        n = gl.program_id(0) * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
         slot = gl.load(order + t, mask=t < end, other=0)
         value *= gl.expand_dims(gl.load(weights + slot, mask=t < end, other=0.0), 0)
         gl.store(
@@ -328,37 +344,40 @@ def _gate_up(
             value.to(hidden.dtype.element_ty),
             mask=(t < end)[None, :] & (n < INNER_TILES * 32)[:, None],
         )  # fmt: skip
+    else:
+        after_previous(expert)
 
 
 @gluon.jit(do_not_specialize=["TURNS", "D_TILES"])
 def _down(
     w2, w2_scale, x, x_scale, order, tiles, result, TURNS, D_TILES,
-    TT: gl.constexpr, WT: gl.constexpr, NW: gl.constexpr, AHEAD: gl.constexpr,
-    PDL: gl.constexpr,
+    TT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """result[slot, n] of one tile of an expert's tokens and 64·WT output features."""
-    expert, first, end, place, place_flat = _tile(tiles, TT, NW)
+    """result[slot, n] of one tile of an expert's tokens and 64 output features."""
+    expert, first, end, place, place_flat = _tile(tiles, TT)
     if expert >= 0:
-        # A tile's two halves are the first and the second 32·WT of its features.
-        tile = expert.to(gl.int64) * D_TILES + gl.program_id(0) * (2 * WT)
+        # A tile's two halves are the first and the second 32 of its features.
+        tile = expert.to(gl.int64) * D_TILES + gl.program_id(0) * 2
         base, base_s = tile * TURNS * 2048, tile * TURNS * 128
         acc = _product(
-            w2 + base, w2 + base + TURNS * (WT * 2048),
-            w2_scale + base_s, w2_scale + base_s + TURNS * (WT * 128), TURNS, x, x_scale,
+            w2 + base, w2 + base + TURNS * 2048,
+            w2_scale + base_s, w2_scale + base_s + TURNS * 128, TURNS, x, x_scale,
             place * (TURNS * 512), place_flat * (TURNS * 4), place < end, place_flat < end,
-            WT, TT, NW, AHEAD, PDL,
+            TT, AHEAD,
         )  # fmt: skip
-        layout: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, NW], [0, 1])
-        value = acc.reshape(WT, 4, 2, 8, TT).permute(2, 0, 1, 3, 4).reshape(64 * WT, TT)
+        layout: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
+        value = acc.reshape(4, 2, 8, TT).permute(1, 0, 2, 3).reshape(64, TT)
         value = gl.convert_layout(value, layout)
         t = first + gl.arange(0, TT, layout=gl.SliceLayout(0, layout))
-        n = gl.program_id(0) * 64 * WT + gl.arange(0, 64 * WT, layout=gl.SliceLayout(1, layout))
+        n = gl.program_id(0) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         slot = gl.load(order + t, mask=t < end, other=0)
         gl.store(
             result + slot.to(gl.int64)[None, :] * (D_TILES * 32) + n[:, None],
             value,
             mask=(t < end)[None, :] & (n < D_TILES * 32)[:, None],
         )  # fmt: skip
+    else:
+        after_previous(expert)
 
 
 class PreparedMxfp4(QuantScheme):
@@ -440,16 +459,16 @@ class Shape:
     @property
     def options(self) -> dict[str, int]:
         limit = {"maxnreg": self.registers} if self.registers else {}
-        cut = {"TT": self.tokens, "WT": 1, "NW": 4, "AHEAD": self.ahead, "PDL": PDL}
-        return {**cut, "num_warps": 4, "launch_pdl": PDL, **limit}
+        cut = {"TT": self.tokens, "AHEAD": self.ahead}
+        return {**cut, "num_warps": 4, "launch_pdl": True, **limit}
 
 
 def tile_shape(slots: int, experts: int) -> Shape:
     """The cut for `slots` tokens spread over `experts`."""
     each = slots / experts
-    if each <= 4:
+    if each <= 6:
         return Shape(8, ahead=4, registers=128)
-    return Shape(16, ahead=4) if each <= 24 else Shape(64, ahead=1)
+    return Shape(16, ahead=4) if each <= 30 else Shape(64, ahead=1)
 
 
 def _prepared(weight: Weight) -> TypeGuard[QuantTensor]:

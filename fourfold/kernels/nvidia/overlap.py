@@ -1,8 +1,9 @@
 """Starting before the kernel ahead has ended: what programmatic dependent launch asks of a kernel.
 
 Contract: a kernel launched with `launch_pdl=True` may start while the one before it in the stream still
-runs. It must use `after_previous` before it reads or writes what any earlier kernel of the same step
-touches; weights may be read before that.
+runs. Every program of it calls `after_previous` before it reads what that kernel writes, and before it
+writes at all. Weights may be read earlier, and so may what is older than the kernel ahead, if that one
+was launched in the ordinary way.
 """
 
 from __future__ import annotations

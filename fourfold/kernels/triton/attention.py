@@ -40,10 +40,10 @@ from fourfold.core.rows import RowPages
 from fourfold.ops.registry import Kernel
 
 LOG2_E = 1.4426950408889634
-SPLIT_TOKENS = 64  # up to here a token's spans have programs of their own
+SPLIT_TOKENS = 32  # up to here a token's spans have programs of their own
 SPLIT_BYTES = 128 << 20  # and only if all their results together take no more
 UNPACKED_BYTES = 512 << 20  # most that compressed rows decoded beforehand may take
-PROGRAMS = 264  # wanted for few tokens: two for each multiprocessor
+PROGRAMS = 132  # for few tokens, at most: a program's memory fills a multiprocessor
 MERGE_HEADS = 4  # heads a program of the merging kernel
 # One binary serves every batch: nothing is compiled once more because a size is 1 or divides by 16.
 INTEGERS = ("T", "H", "K", "BLOCKS", "STRIDE", "PARTS")
@@ -111,17 +111,18 @@ def _window_rows(
         exists &= i < WINDOW
     if DENSE:
         data = own + (t + sequence * (WINDOW - 1) + i) * DATA
-        return data, data, exists
-    mine = i >= before - oldest
-    row = tl.where(mine, (t + i) - (WINDOW - 1), 0)
-    # The ring holds a whole window, so a row's place wraps at most once.
-    offset = (tl.maximum(oldest, -WINDOW) + RING) % RING + i
-    offset = tl.where(mine, 0, tl.where(offset >= RING, offset - RING, offset))
-    home = ring + tl.maximum(state, 0) * RING_PAGE
-    data = tl.where(mine, own + row * DATA, home + offset * DATA)
-    scale = tl.where(
-        mine, own + T.to(tl.int64) * DATA + row * SCALE, home + RING * DATA + offset * SCALE
-    )
+        scale = data
+    else:
+        mine = i >= before - oldest
+        row = tl.where(mine, (t + i) - (WINDOW - 1), 0)
+        # The ring holds a whole window, so a row's place wraps at most once.
+        offset = (tl.maximum(oldest, -WINDOW) + RING) % RING + i
+        offset = tl.where(mine, 0, tl.where(offset >= RING, offset - RING, offset))
+        home = ring + tl.maximum(state, 0) * RING_PAGE
+        data = tl.where(mine, own + row * DATA, home + offset * DATA)
+        scale = tl.where(
+            mine, own + T.to(tl.int64) * DATA + row * SCALE, home + RING * DATA + offset * SCALE
+        )
     return data, scale, exists
 
 
@@ -140,13 +141,15 @@ def _compressed_rows(
         exists &= (c >= 0) & (c < BLOCKS * RPP)
     if DENSE:
         data = pages + (sequence * BLOCKS * RPP + tl.where(exists, c, 0)) * DATA
-        return data, data, exists
-    j = tl.where(exists, c, 0).to(tl.uint32)
-    page = tl.load(block_table + sequence * STRIDE + j // RPP, mask=exists, other=-1)
-    exists &= page >= 0
-    base = pages + tl.maximum(page, 0) * PAGE
-    offset = (j % RPP).to(tl.int32)
-    return base + offset * DATA, base + RPP * DATA + offset * SCALE, exists
+        scale = data
+    else:
+        j = tl.where(exists, c, 0).to(tl.uint32)
+        page = tl.load(block_table + sequence * STRIDE + j // RPP, mask=exists, other=-1)
+        exists &= page >= 0
+        base = pages + tl.maximum(page, 0) * PAGE
+        offset = (j % RPP).to(tl.int32)
+        data, scale = base + offset * DATA, base + RPP * DATA + offset * SCALE
+    return data, scale, exists
 
 
 @triton.jit
@@ -225,7 +228,7 @@ def _span(
     for c in tl.static_range(CHUNKS):
         rows = _chunk(data, scale, exists, c, D, N, GROUP, FP8, WIDE, CAST, DC)
         scores = tl.dot(queries[c], tl.trans(rows), scores, input_precision="ieee")
-        chunks += (rows,)
+        chunks += (rows,)  # type: ignore[assignment]
     scores = tl.where(exists[None, :], scores * FACTOR, float("-inf"))
     m_s = tl.maximum(tl.ceil(tl.max(scores, 1)), -1.0e30)
     weight = tl.exp2(scores - m_s[:, None])
@@ -234,7 +237,7 @@ def _span(
         weight = weight.to(tl.bfloat16)
     made = ()
     for c in tl.static_range(CHUNKS):
-        made += (tl.dot(weight, chunks[c], input_precision="ieee"),)
+        made += (tl.dot(weight, chunks[c], input_precision="ieee"),)  # type: ignore[assignment]
     return m_s, l_s, made
 
 
@@ -244,7 +247,7 @@ def _add(state, span, CHUNKS: tl.constexpr):
     m, total, a, b = _merge_factors(state[0], state[1], span[0], span[1])
     merged = ()
     for c in tl.static_range(CHUNKS):
-        merged += (_merge(state[2][c], span[2][c], a, b),)
+        merged += (_merge(state[2][c], span[2][c], a, b),)  # type: ignore[assignment]
     return m, total, merged
 
 
@@ -292,8 +295,8 @@ def _attend(
         dim = c * DC + tl.arange(0, DC)
         place = (t * H + h)[:, None] * D + dim[None, :]
         query = tl.load(q + place, mask=(h < H)[:, None] & (dim < D)[None, :], other=0.0)
-        queries += (query.to(tl.float32) if WIDE else query,)
-        acc += (tl.zeros((HT, DC), tl.float32),)
+        queries += (query.to(tl.float32) if WIDE else query,)  # type: ignore[assignment]
+        acc += (tl.zeros((HT, DC), tl.float32),)  # type: ignore[assignment]
     m, total = _begin(sink, h, H)
     for span in range(begin, windows, step):
         data, scale, exists = _window_rows(
@@ -345,7 +348,7 @@ def _merge_spans(
     first, end = _spans(p, rows, WINDOW, ROWS)
     m, total = _begin(sink, h, H)
     acc = tl.zeros((HT, DP), tl.float32)
-    for span in range(first, end):
+    for span in tl.range(first, end, num_stages=4):
         part = t * PARTS + span
         m_s = tl.load(sums + part * 2 * H + h, mask=h < H, other=0.0)
         l_s = tl.load(sums + part * 2 * H + H + h, mask=h < H, other=0.0)
@@ -426,9 +429,9 @@ class Shape:
 # Shared memory at d = 512: up to 73,728 B (NVIDIA) or 8,192 B (AMD), no spills on AMD.
 COMPACT = Shape(heads=32, rows=32, chunk=128, warps=4, stages=1)
 # A warp group multiplies 64 rows at once: all heads of one token, rows decoded once.
-WARP_GROUPS = Shape(heads=64, rows=64, chunk=64, warps=8, stages=2, cast=True)
+WARP_GROUPS = Shape(heads=64, rows=64, chunk=64, warps=8, stages=3, cast=True)
 FLOAT32 = Shape(heads=16, rows=16, chunk=128, warps=4, stages=1)
-DENSE_CHUNK = 128  # dims of a chunk where rows need no decoding
+PLAIN_CHUNK = 128  # dims of a chunk where rows need no decoding
 UNPACK_ROWS = 32
 
 
@@ -493,7 +496,7 @@ def _unpacked(
     tiles = -(-own.rows_per_page // UNPACK_ROWS)
     kinds = [(own, rows, (tiles, 1)), (ring, rows, (sequences, -(-window // UNPACK_ROWS)))]
     if pages is not None and compressed.numel():
-        programs = min(-(-PROGRAMS * 4 // sequences), -(-blocks * geometry["RPP"] // UNPACK_ROWS))
+        programs = min(-(-PROGRAMS * 8 // sequences), -(-blocks * geometry["RPP"] // UNPACK_ROWS))
         kinds.append((pages, compressed, (sequences, programs)))
     same = ("RATIO", "RING", "RPP", "DATA", "SCALE", "D", "N", "GROUP")
     for kind, (source, target, grid) in enumerate(kinds):
@@ -550,7 +553,10 @@ def sparse_attention(
         rows, compressed = _unpacked(own, ring, pages, batch, window, geometry, shape)
         sources = rows, ring.storage, compressed
         geometry |= {"FP8": False, "DATA": dim, "SCALE": 0, "N": dim, "RING_PAGE": 0, "PAGE": 0}
-        shape = replace(shape, chunk=max(shape.chunk, DENSE_CHUNK))
+    if not geometry["FP8"]:
+        # A stage of these rows takes twice the shared memory, and chunks no registers for decoding.
+        stages, widest = min(shape.stages, 2), shape.chunk if wide else PLAIN_CHUNK
+        shape = replace(shape, chunk=widest, stages=stages)
     chunk = min(max(triton.next_power_of_2(dim), 16), shape.chunk)
     pointers = (batch.positions, batch.sequence_ids, batch.num_computed_tokens, batch.state_slots)
     lists = listed.contiguous() if listed is not None else batch.positions
@@ -559,7 +565,7 @@ def sparse_attention(
     if split:
         target = torch.empty(tokens, parts, heads, dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(tokens, parts, 2, heads, dtype=torch.float32, device=q.device)
-        programs = min(parts, -(-PROGRAMS // (tokens * -(-heads // tile))))
+        programs = min(parts, max(PROGRAMS // (tokens * -(-heads // tile)), 1))
     _attend[(tokens, -(-heads // tile), programs)](
         q, sink, *sources, lists, *pointers, batch.block_table, target, sums, own.rows_per_page,
         *sizes, batch.block_table.stride(0), parts, dim**-0.5 * LOG2_E, WINDOW=window, WIDE=wide,

@@ -269,7 +269,7 @@ def _compress_rows(
         )
         scales = DATA * tl.cast(E, tl.int64) + row * SCALE_BYTES
         store_row(own, row * DATA, scales, still, turned, d, r, n, SCALE_BYTES, KIND, GROUP)
-        if KIND != PLAIN:
+        if KIND != PLAIN:  # noqa: SIM102 - one is decided when compiling
             if row == E - 1:
                 spare = (DATA + SCALE_BYTES) * tl.cast(E, tl.int64) + tl.arange(0, PADDING)
                 tl.store(own + spare, tl.zeros((PADDING,), dtype=tl.uint8), mask=spare < OWN_PAGE)
@@ -309,8 +309,8 @@ def compress(
 
 
 def fold_steps(ratio: int) -> int:
-    """Tokens whose loads are in flight together: a window of CSA, 8 of HCA's 128."""
-    return min(triton.next_power_of_2(ratio), 8)
+    """Tokens whose loads are in flight together: a window of CSA, 16 of HCA's 128."""
+    return min(triton.next_power_of_2(ratio), 16)
 
 
 def store_folds(folds: Tensor, kept: Tensor, targets: Tensor) -> None:
@@ -355,7 +355,7 @@ def compress_rows(
             row_size(format), format.scale_bytes, own.shape[1], pages.storage.stride(0),
             pages.rows_per_page, SERIES=series, STEPS=fold_steps(ratio),
             PADDING=triton.next_power_of_2(format.data_bytes), **row_shape(format),
-            num_warps=4, **EXACT,
+            num_warps=8 if width > 256 else 4, **EXACT,
         )  # fmt: skip
     store_folds(folds, kept, batch.fold_targets)
     return RowPages(own, format, count)

@@ -8,14 +8,13 @@
 The two FP8 forms round what the definition does not and are for `--kernel grouped_output=NAME`; weights
 that are not FP8 blocks take the definition's way in them too.
 
-As in linear.py the weight is the left operand in tiles of 128 rows, K is cut into chunks by the shape
-alone and chunks are added in order: a token's result does not depend on the batch. Only the rotary dims
-are turned beforehand, into a buffer of their own; the product takes those inputs from there.
+As in linear.py the weight is the left operand, K is cut into chunks by the shape alone and chunks are
+added in order: a token's result does not depend on the batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,29 +24,14 @@ from torch import Tensor
 
 from fourfold.core.device import Feature
 from fourfold.core.tensor import QuantTensor, Weight, dense
-from fourfold.kernels.triton.linear import linear, quantize_activations
-from fourfold.kernels.triton.rope import EXACT, run_rotate, turn
+from fourfold.kernels.triton.linear import as_fp8, linear, quantize_activations
+from fourfold.kernels.triton.rope import run_rotate
 from fourfold.ops.registry import Kernel
 
-ROWS = 128  # weight rows a tile
-PROGRAMS = 264  # chunks × row tiles wanted for one pass over the weight
-SPLIT_TOKENS = 64  # up to here every chunk has programs of its own and FP8 weights stay FP8
-SCALE_BLOCK = 128  # rows and inputs of an FP8 weight that share a scale
-
-
-@triton.jit
-def _turn_rotary(
-    x, positions, inv_freq, out, COUNT, DIM, half, HEADS: tl.constexpr, HALF: tl.constexpr
-):
-    """out [T, H, 2·half] = the last dims of each head, turned back."""
-    token = tl.program_id(0).to(tl.int64)
-    head = token * COUNT + tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    live = (tl.program_id(1) * HEADS + tl.arange(0, HEADS) < COUNT)[:, None]
-    r = tl.arange(0, 2 * HALF)[None, :]
-    mask = live & (r < 2 * half)
-    part = tl.load(x + head[:, None] * DIM + (DIM - 2 * half) + r, mask=mask, other=0.0)
-    turned = turn(part.to(tl.float32), tl.load(positions + token), inv_freq, half, HALF, True)
-    tl.store(out + head[:, None] * 2 * half + r, turned.to(x.dtype.element_ty), mask=mask)
+PROGRAMS = 264  # chunks × tiles of 128 rows wanted for one pass over the weight
+FEW_TOKENS = 128  # up to here every chunk has programs of its own and FP8 weights stay FP8
+BLOCK = 128  # rows and inputs of an FP8 weight that share a scale
+PLAIN, DECODED, FP8 = (tl.constexpr(n) for n in range(3))  # what the weight is to the product
 
 
 @triton.jit
@@ -59,43 +43,25 @@ def _decode_fp8(codes):
 
 
 @triton.jit
-def _scale(scales, index, mask, E8M0: tl.constexpr):
+def _scale(scales, index, E8M0: tl.constexpr):
     if E8M0:
-        raw = tl.load(scales + index, mask=mask, other=127).to(tl.int32)
+        raw = tl.load(scales + index).to(tl.int32)
         value = tl.where(raw == 0, 0x00400000, raw << 23).to(tl.float32, bitcast=True)
     else:
-        value = tl.load(scales + index, mask=mask, other=1.0)
+        value = tl.load(scales + index)
     return value
 
 
 @triton.jit
-def _activations(x, rotary, t, live, group, k, block, HEADS, K, DIM, half, ALIGNED: tl.constexpr,
-                 TK: tl.constexpr):  # fmt: skip
-    """Inputs k of a group, [TK, TT]: rotary ones from their own buffer, the others from `x`.
-
-    ALIGNED: a block of inputs is all rotary or not at all.
-    """
-    mask = live[None, :] & (k < K)[:, None]
-    n = DIM - 2 * half
-    per_group = K // DIM
-    if ALIGNED:
-        first = block * TK % DIM
-        head = group * per_group + block * TK // DIM
-        turns = first >= n
-        source = tl.where(turns, rotary, x)
-        stride = tl.where(turns, HEADS * 2 * half, HEADS * DIM)
-        begin = tl.where(turns, head * 2 * half + first - n, head * DIM + first)
-        place = t[None, :] * stride + (begin + tl.arange(0, TK))[:, None]
-        value = tl.load(source + place, mask=mask, other=0.0)
-    else:
-        d = k % DIM
-        head = group * per_group + k // DIM
-        turns = (d >= n)[:, None]
-        place = t[None, :] * (HEADS * DIM) + (head * DIM + d)[:, None]
-        value = tl.load(x + place, mask=mask & (d < n)[:, None], other=0.0)
-        place = t[None, :] * (HEADS * 2 * half) + (head * 2 * half + d - n)[:, None]
-        value = tl.where(turns, tl.load(rotary + place, mask=mask & turns, other=0.0), value)
-    return value
+def _dequantize(codes, scales, out, ROWS, K, SCALES, E8M0: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the numbers of one block of BLOCK rows and inputs."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < ROWS)[:, None] & (k < K)[None, :]
+    place = row.to(tl.int64)[:, None] * K + k[None, :]
+    scale = _scale(scales, tl.program_id(0) * SCALES + tl.program_id(1), E8M0)
+    value = _decode_fp8(tl.load(codes + place, mask=inside, other=0)) * scale
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -103,118 +69,77 @@ def _grouped(
     w,
     scales,
     x,
-    rotary,
-    out,
-    T,
-    N,
-    R,
-    K,
-    DIM,
-    half,
-    BLOCKS,
-    SCALES,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FP8: tl.constexpr,
-    E8M0: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SCALE: tl.constexpr,
-    TN: tl.constexpr,
-    TK: tl.constexpr,
-    TT: tl.constexpr,
-):
-    """A [TN rows of one group, TT tokens] tile of outᵀ; with SPLIT of one chunk [CHUNKS, T, N]."""
-    tiles = tl.cdiv(R, TN)
-    group = tl.program_id(0) // tiles
-    row = (tl.program_id(0) % tiles) * TN + tl.arange(0, TN)
-    n = group * R + row
-    t = tl.program_id(1).to(tl.int64) * TT + tl.arange(0, TT)
-    live = t < T
-    total = tl.zeros((TN, TT), dtype=tl.float32)
-    first = tl.program_id(2) if SPLIT else 0
-    last = first + 1 if SPLIT else CHUNKS
-    heads = N // R * (K // DIM)
-    for chunk in range(first, last):
-        acc = tl.zeros((TN, TT), dtype=tl.float32)
-        for block in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, BLOCKS)):
-            k = block * TK + tl.arange(0, TK)
-            inside = (row < R)[:, None] & (k < K)[None, :]
-            a = tl.load(w + n.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0)
-            if FP8:
-                index = n // SCALE * SCALES + block * TK // SCALE
-                a = _decode_fp8(a) * _scale(scales, index, row < R, E8M0)[:, None]
-                a = a.to(x.dtype.element_ty)
-            b = _activations(x, rotary, t, live, group, k, block, heads, K, DIM, half, ALIGNED, TK)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-        total += acc
-    place = t[None, :] * N + n[:, None]
-    if SPLIT:
-        place += tl.program_id(2).to(tl.int64) * T * N
-    kept = (row < R)[:, None] & live[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _grouped_fp8(
-    w,
-    scales,
-    codes,
     x_scale,
     out,
     T,
     N,
     R,
     K,
-    BLOCKS,
     SCALES,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    FORM: tl.constexpr,
     E8M0: tl.constexpr,
     FNUZ: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
     TN: tl.constexpr,
     TK: tl.constexpr,
     TT: tl.constexpr,
 ):
-    """As `_grouped`, of FP8 activations `codes [T, groups · K]` with a scale for each 128 of them."""
+    """A [TN rows of one group, TT tokens] tile of outᵀ; with SPLIT of one chunk [CHUNKS, T, N].
+
+    `x [T, groups · K]`, for FORM FP8 codes with `x_scale [T, groups · K/BLOCK]`. CHUNK counts blocks of
+    BLOCK inputs; WHOLE: K is a multiple of BLOCK.
+    """
     tiles = tl.cdiv(R, TN)
     group = tl.program_id(0) // tiles
     row = (tl.program_id(0) % tiles) * TN + tl.arange(0, TN)
-    n = group * R + row
+    # Rows and tokens beyond the last are the last again; they are not stored.
+    n = group * R + tl.minimum(row, R - 1)
     t = tl.program_id(1).to(tl.int64) * TT + tl.arange(0, TT)
-    live = t < T
+    token = tl.minimum(t, T - 1)
     width = N // R * K
+    k = tl.arange(0, TK)
+    w_place = w + n.to(tl.int64)[:, None] * K + k[None, :]
+    x_place = x + token[None, :] * width + (group * K + k)[:, None]
     total = tl.zeros((TN, TT), dtype=tl.float32)
     first = tl.program_id(2) if SPLIT else 0
     last = first + 1 if SPLIT else CHUNKS
+    steps = tl.cdiv(K, TK)
+    each: tl.constexpr = CHUNK * (BLOCK // TK)
     for chunk in range(first, last):
         acc = tl.zeros((TN, TT), dtype=tl.float32)
-        for block in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, BLOCKS)):
-            k = block * TK + tl.arange(0, TK)
-            inside = (row < R)[:, None] & (k < K)[None, :]
-            a = tl.load(w + n.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0)
-            place = t[None, :] * width + (group * K + k)[:, None]
-            b = tl.load(codes + place, mask=live[None, :] & (k < K)[:, None], other=0)
-            if FNUZ:
-                product = tl.dot(
-                    a.to(tl.float8e4b8, bitcast=True), b.to(tl.float8e4b8, bitcast=True)
-                )
-                product *= 4.0
+        for step in range(chunk * each, tl.minimum((chunk + 1) * each, steps)):
+            if WHOLE:
+                a = tl.load(w_place + step * TK)
+                b = tl.load(x_place + step * TK)
             else:
-                product = tl.dot(
-                    a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
-                )
-            s_w = _scale(scales, n // TK * SCALES + block, row < R, E8M0)
-            s_x = tl.load(
-                x_scale + t * (width // TK) + group * BLOCKS + block, mask=live, other=0.0
-            )
-            acc += product * s_w[:, None] * s_x[None, :]
-        total += acc
-    place = t[None, :] * N + n[:, None]
+                inside = k < K - step * TK
+                a = tl.load(w_place + step * TK, mask=inside[None, :], other=0.0)
+                b = tl.load(x_place + step * TK, mask=inside[:, None], other=0.0)
+            if FORM == PLAIN:
+                acc = tl.dot(a, b, acc, input_precision="ieee")
+            else:
+                s_w = _scale(scales, n // BLOCK * SCALES + step * TK // BLOCK, E8M0)[:, None]
+                if FORM == DECODED:
+                    number = (_decode_fp8(a) * s_w).to(x.dtype.element_ty)
+                    acc = tl.dot(number, b, acc, input_precision="ieee")
+                else:
+                    groups = width // BLOCK
+                    s_x = tl.load(x_scale + token * groups + (group * K + step * TK) // BLOCK)
+                    if FNUZ:
+                        s_x *= 4.0
+                    acc = tl.fma(tl.dot(a, b), s_w * s_x[None, :], acc)
+        if CHUNKS == 1 or SPLIT:
+            total = acc
+        else:
+            total += acc
+    place = t[None, :] * N + (group * R + row)[:, None]
     if SPLIT:
         place += tl.program_id(2).to(tl.int64) * T * N
-    kept = (row < R)[:, None] & live[None, :]
+    kept = (row < R)[:, None] & (t < T)[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=kept)
 
 
@@ -222,42 +147,80 @@ def _grouped_fp8(
 def _add(parts, out, COUNT, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """`out[i] = parts[0, i] + parts[1, i] + …` in that order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for chunk in tl.static_range(CHUNKS):
+    total = tl.load(parts + i, mask=i < COUNT, other=0.0)
+    for chunk in tl.static_range(1, CHUNKS):
         total += tl.load(parts + chunk * COUNT + i, mask=i < COUNT, other=0.0)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < COUNT)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A launch: rows of a tile, inputs a step, warps and pipeline stages."""
+
+    rows: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def shape_for(form: int, tile: int, wide: bool) -> Shape:
+    """For `tile` tokens; within 64 KiB of shared memory. `wide` is float32."""
+    if wide:
+        return Shape(64, 32, 4, 2)
+    if form == FP8.value:
+        return Shape(64, 128, 4, 3 if tile <= 64 else 2)
+    if form == DECODED.value:
+        return Shape(64, 128, 4, 3 if tile <= 32 else 2)
+    return Shape(128, 64, 8, 3) if tile > 64 else Shape(64, 64, 4, 3)
+
+
 def chunking(tiles: int, blocks: int) -> tuple[int, int]:
-    """(blocks of inputs a chunk, chunks) for a weight of `tiles` row tiles: of its shape alone."""
+    """(blocks of inputs a chunk, chunks) for a weight of `tiles` of 128 rows: of its shape alone."""
     wanted = min(max(PROGRAMS // tiles, 1), blocks)
     size = -(-blocks // wanted)
     return size, -(-blocks // size)
-
-
-def launch_options(tile: int, wide: bool) -> dict[str, int]:
-    """Warps and pipeline stages for a token tile; two stages fit 64 KiB of shared memory."""
-    return {"num_warps": 8 if tile > 64 else 4, "num_stages": 2 if tile > 64 or wide else 3}
 
 
 def _is_fp8(weight: Weight) -> bool:
     return isinstance(weight, QuantTensor) and weight.scheme.name == "fp8_block"
 
 
-def _turned_rotary(attended: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    tokens, heads, dim = attended.shape
-    half = inv_freq.shape[0]
-    out = torch.empty(tokens, heads, 2 * half, dtype=attended.dtype, device=attended.device)
-    block = min(16, triton.next_power_of_2(heads))
-    _turn_rotary[(tokens, -(-heads // block))](
-        attended, positions, inv_freq, out, heads, dim, half,
-        HEADS=block, HALF=triton.next_power_of_2(half), num_warps=4, **EXACT,
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight's numbers in `dtype`."""
+    if not isinstance(weight, QuantTensor) or not _is_fp8(weight):
+        return dense(weight, dtype).contiguous()
+    rows, size = weight.shape
+    out = torch.empty(rows, size, dtype=dtype, device=weight.device)
+    _dequantize[(-(-rows // BLOCK), -(-size // BLOCK))](
+        weight.codes, weight.scale, out, rows, size, weight.scale.shape[1],
+        E8M0=weight.scale.dtype == torch.uint8, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def _finish(parts: Tensor, out: Tensor, chunks: int) -> Tensor:
-    if parts is not out:
+def _product(
+    w: Tensor, scales: Tensor, x: Tensor, x_scale: Tensor, form: int, dtype: torch.dtype, fnuz: bool
+) -> Tensor:
+    """`x [T, groups, K]` by groups of rows of `w [N, K]` → `[T, N]` in `dtype`."""
+    tokens, groups, size = x.shape
+    rows = w.shape[0]
+    rank = rows // groups
+    chunk, chunks = chunking(groups * -(-rank // BLOCK), -(-size // BLOCK))
+    split = tokens <= FEW_TOKENS and chunks > 1
+    out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
+    parts = out
+    if split:
+        parts = torch.empty(chunks, tokens, rows, dtype=torch.float32, device=x.device)
+    tile = min(max(triton.next_power_of_2(tokens), 16), 128)
+    shape = shape_for(form, tile, x.dtype == torch.float32)
+    grid = (groups * -(-rank // shape.rows), -(-tokens // tile), chunks if split else 1)
+    _grouped[grid](
+        w, scales, x, x_scale, parts, tokens, rows, rank, size, -(-size // BLOCK),
+        CHUNK=chunk, CHUNKS=chunks, SPLIT=split, FORM=form, E8M0=scales.dtype == torch.uint8,
+        FNUZ=fnuz, WHOLE=size % BLOCK == 0, BLOCK=BLOCK, TN=shape.rows, TK=shape.inputs, TT=tile,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    if split:
         count = out.numel()
         _add[(-(-count // 1024),)](parts, out, count, CHUNKS=chunks, BLOCK=1024, num_warps=4)
     return out
@@ -265,63 +228,29 @@ def _finish(parts: Tensor, out: Tensor, chunks: int) -> Tensor:
 
 def grouped_output(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
     """The op `grouped_output` (ops/linear.py): products of the model's dtype."""
-    attended = attended.contiguous()
-    tokens, heads, dim = attended.shape
-    rows, size = weight.shape
-    rank = rows * size // (heads * dim)
-    out = torch.empty(tokens, rows, dtype=attended.dtype, device=attended.device)
+    tokens, dtype = attended.shape[0], attended.dtype
     if not tokens:
-        return out
-    fp8 = _is_fp8(weight) and tokens <= SPLIT_TOKENS
-    plain = weight.codes if fp8 else dense(weight, attended.dtype)
-    wide = attended.dtype == torch.float32
-    block = 32 if wide else 64
-    blocks = -(-size // block)
-    tiles = rows // rank * -(-rank // ROWS)
-    chunk, chunks = chunking(tiles, blocks)
-    split = tokens <= SPLIT_TOKENS and chunks > 1
-    parts = out
-    if split:
-        parts = torch.empty(chunks, tokens, rows, dtype=torch.float32, device=out.device)
-    tile = min(max(triton.next_power_of_2(tokens), 16), 128)
-    half = inv_freq.shape[0]
-    _grouped[(tiles, -(-tokens // tile), chunks if split else 1)](
-        plain, weight.scale if fp8 else plain, attended,
-        _turned_rotary(attended, positions, inv_freq), parts, tokens, rows, rank, size, dim, half,
-        blocks, -(-size // SCALE_BLOCK), CHUNK=chunk, CHUNKS=chunks, SPLIT=split, FP8=fp8,
-        E8M0=fp8 and weight.scale.dtype == torch.uint8, SCALE=SCALE_BLOCK,
-        ALIGNED=dim % block == 0 and 2 * half % block == 0,
-        TN=ROWS, TK=block, TT=tile, **launch_options(tile, wide),
-    )  # fmt: skip
-    return _finish(parts, out, chunks)
+        return torch.empty(0, weight.shape[0], dtype=dtype, device=attended.device)
+    turned = run_rotate(attended, positions, inv_freq, True, None)
+    x = turned.view(tokens, -1, weight.shape[1])
+    if isinstance(weight, QuantTensor) and _is_fp8(weight) and tokens <= FEW_TOKENS:
+        return _product(weight.codes, weight.scale, x, x, DECODED.value, dtype, False)
+    w = _dense(weight, dtype)
+    return _product(w, w, x, x, PLAIN.value, dtype, False)
 
 
 def fp8_batched(
     attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor, fnuz: bool = False
 ) -> Tensor:
     """`grouped_output` with FP8 activations, one launch for all groups."""
-    tokens, heads, dim = attended.shape
-    rows, size = weight.shape
-    if not _is_fp8(weight) or size % SCALE_BLOCK or not tokens:
+    tokens, size = attended.shape[0], weight.shape[1]
+    if not isinstance(weight, QuantTensor) or not _is_fp8(weight) or size % BLOCK or not tokens:
         return grouped_output(attended, weight, positions, inv_freq)
     turned = run_rotate(attended, positions, inv_freq, True, None)
     codes, scale = quantize_activations(turned.flatten(1), fnuz)
-    rank = rows * size // (heads * dim)
-    out = torch.empty(tokens, rows, dtype=attended.dtype, device=attended.device)
-    blocks = size // SCALE_BLOCK
-    tiles = rows // rank * -(-rank // ROWS)
-    chunk, chunks = chunking(tiles, blocks)
-    split = tokens <= SPLIT_TOKENS and chunks > 1
-    parts = out
-    if split:
-        parts = torch.empty(chunks, tokens, rows, dtype=torch.float32, device=out.device)
-    tile = min(max(triton.next_power_of_2(tokens), 16), 64)
-    _grouped_fp8[(tiles, -(-tokens // tile), chunks if split else 1)](
-        weight.codes, weight.scale, codes, scale, parts, tokens, rows, rank, size, blocks, blocks,
-        CHUNK=chunk, CHUNKS=chunks, SPLIT=split, E8M0=weight.scale.dtype == torch.uint8,
-        FNUZ=fnuz, TN=ROWS, TK=SCALE_BLOCK, TT=tile, **launch_options(tile, wide=False),
-    )  # fmt: skip
-    return _finish(parts, out, chunks)
+    x = as_fp8(codes, fnuz).view(tokens, -1, size)
+    w = as_fp8(weight.codes, fnuz)
+    return _product(w, weight.scale, x, scale, FP8.value, attended.dtype, fnuz)
 
 
 def fp8_groups(
@@ -331,11 +260,11 @@ def fp8_groups(
     tokens, heads, dim = attended.shape
     rows, size = weight.shape
     rank = rows * size // (heads * dim)
-    if not _is_fp8(weight) or rank % SCALE_BLOCK:
+    if not isinstance(weight, QuantTensor) or not _is_fp8(weight) or rank % BLOCK:
         return grouped_output(attended, weight, positions, inv_freq)
     turned = run_rotate(attended, positions, inv_freq, True, None).view(tokens, -1, size)
     out = torch.empty(tokens, rows, dtype=attended.dtype, device=attended.device)
-    blocks = rank // SCALE_BLOCK
+    blocks = rank // BLOCK
     for group in range(rows // rank):
         part = replace(
             weight,

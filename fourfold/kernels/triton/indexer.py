@@ -35,7 +35,7 @@ from fourfold.ops.registry import Kernel
 WORKSPACE = 256 << 20  # bytes of images held at once, unless one token needs more
 TOKENS = 64  # of one run, most that a program scores against the keys it has decoded
 PROGRAMS = 1056  # wanted for one pass over the keys: eight for each multiprocessor
-SCANS = ((132, 8192, 16), (1 << 40, 2048, 8))  # up to so many tokens: images together, warps
+SCAN = 4096  # images looked at together when choosing
 INTEGERS = ("T", "BASE", "EACH", "BLOCKS", "STRIDE", "WIDTH", "TOPK")
 INDEXES = ("weights", "positions", "sequence_ids", "cu_seqlens", "block_table", "out")
 
@@ -147,24 +147,41 @@ def _score(
 
 
 @triton.jit
-def _reaching(images, count, bound, SCAN: tl.constexpr):
-    """How many of the first `count` images are at least `bound`."""
-    i = tl.arange(0, SCAN)
-    found = tl.zeros((SCAN,), tl.int32)
-    for low in range(0, count, SCAN):
-        image = tl.load(images + low + i, mask=low + i < count, other=0).to(tl.uint32, bitcast=True)
-        found += ((image >= bound) & (low + i < count)).to(tl.int32)
-    return tl.sum(found, 0)
+def _scan(images, low, count, SCAN: tl.constexpr):
+    """SCAN images from `low` on; those that do not exist are 0, less than any that does."""
+    i = low + tl.arange(0, SCAN)
+    return tl.load(images + i, mask=i < count, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _common_bits(images, count, SCAN: tl.constexpr):
+def _reaching(images, kept, count, a, b, c, SCAN: tl.constexpr):
+    """How many of `count` images are at least a, b and c, none of them 0. `kept`: the first SCAN."""
+    n_a = tl.sum((kept >= a).to(tl.int32), 0)
+    n_b = tl.sum((kept >= b).to(tl.int32), 0)
+    n_c = tl.sum((kept >= c).to(tl.int32), 0)
+    if count > SCAN:
+        in_a = tl.zeros((SCAN,), tl.int32)
+        in_b = tl.zeros((SCAN,), tl.int32)
+        in_c = tl.zeros((SCAN,), tl.int32)
+        for low in range(SCAN, count, SCAN):
+            image = _scan(images, low, count, SCAN)
+            in_a += (image >= a).to(tl.int32)
+            in_b += (image >= b).to(tl.int32)
+            in_c += (image >= c).to(tl.int32)
+        n_a += tl.sum(in_a, 0)
+        n_b += tl.sum(in_b, 0)
+        n_c += tl.sum(in_c, 0)
+    return n_a, n_b, n_c
+
+
+@triton.jit
+def _common_bits(images, kept, count, SCAN: tl.constexpr):
     """The bits in which all images agree, zeros below them, and the first pair below: its shift."""
     i = tl.arange(0, SCAN)
-    least = tl.full((SCAN,), 0xFFFFFFFF, tl.uint32)
-    most = tl.full((SCAN,), 0, tl.uint32)
-    for low in range(0, count, SCAN):
-        image = tl.load(images + low + i, mask=low + i < count, other=0).to(tl.uint32, bitcast=True)
+    most = kept
+    least = tl.where(i < count, kept, 0xFFFFFFFF)
+    for low in range(SCAN, count, SCAN):
+        image = _scan(images, low, count, SCAN)
         most = tl.maximum(most, image)
         least = tl.minimum(least, tl.where(low + i < count, image, 0xFFFFFFFF))
     top = tl.max(most, 0)
@@ -177,25 +194,14 @@ def _common_bits(images, count, SCAN: tl.constexpr):
 
 
 @triton.jit
-def _threshold(images, count, wanted, SCAN: tl.constexpr):
+def _threshold(images, kept, count, wanted, SCAN: tl.constexpr):
     """A bound that at least `wanted` images reach and, unless exactly so many do, none larger."""
-    i = tl.arange(0, SCAN)
-    bound, shift = _common_bits(images, count, SCAN)
+    bound, shift = _common_bits(images, kept, count, SCAN)
     reached = count
     while (shift >= 0) & (reached != wanted):
         one = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
         a, b, c = bound + one, bound + one * 2, bound + one * 3
-        in_a = tl.zeros((SCAN,), tl.int32)
-        in_b = tl.zeros((SCAN,), tl.int32)
-        in_c = tl.zeros((SCAN,), tl.int32)
-        for low in range(0, count, SCAN):
-            # Images that do not exist are 0, and none of the three bounds is.
-            image = tl.load(images + low + i, mask=low + i < count, other=0)
-            image = image.to(tl.uint32, bitcast=True)
-            in_a += (image >= a).to(tl.int32)
-            in_b += (image >= b).to(tl.int32)
-            in_c += (image >= c).to(tl.int32)
-        n_a, n_b, n_c = tl.sum(in_a, 0), tl.sum(in_b, 0), tl.sum(in_c, 0)
+        n_a, n_b, n_c = _reaching(images, kept, count, a, b, c, SCAN)
         if n_c >= wanted:
             bound, reached = c, n_c
         elif n_b >= wanted:
@@ -221,14 +227,15 @@ def _choose(
         k = tl.arange(0, TP)
         tl.store(out + k, tl.where(k < count, k, -1).to(tl.int64), mask=k < TOPK)
     else:
-        bound = _threshold(images, count, TOPK, SCAN)
-        i = tl.arange(0, SCAN)
+        kept = _scan(images, 0, count, SCAN)
+        bound = _threshold(images, kept, count, TOPK, SCAN)
         # No image is all ones, so there is a next bound.
-        ties = TOPK - _reaching(images, count, bound + 1, SCAN)
+        above, _, _ = _reaching(images, kept, count, bound + 1, bound + 1, bound + 1, SCAN)
+        ties = TOPK - above
         taken, tied = 0, 0
         for low in range(0, count, SCAN):
-            j = low + i
-            image = tl.load(images + j, mask=j < count, other=0).to(tl.uint32, bitcast=True)
+            j = low + tl.arange(0, SCAN)
+            image = _scan(images, low, count, SCAN)
             equal = ((image == bound) & (j < count)).to(tl.int32)
             rank = tied + tl.cumsum(equal, 0)
             take = ((image > bound) | ((equal > 0) & (rank <= ties))).to(tl.int32)
@@ -287,7 +294,6 @@ def index_topk(
     images = torch.empty(most if scored else 0, width, dtype=torch.int32, device=q.device)
     each = min(triton.next_power_of_2(-(-tokens // batch.num_sequences)), TOKENS)
     shape = FLOAT32 if wide else shape
-    scan, warps = next(option for most_tokens, *option in SCANS if tokens <= most_tokens)
     for low in range(0, tokens, most):
         part = slice(low, min(low + most, tokens))
         count, positions = part.stop - low, batch.positions[part]
@@ -304,7 +310,7 @@ def index_topk(
             )  # fmt: skip
         _choose[(count,)](
             images, positions, chosen[part], blocks, width, topk, RATIO=ratio,
-            RPP=keys.rows_per_page, SCAN=scan, TP=triton.next_power_of_2(topk), num_warps=warps,
+            RPP=keys.rows_per_page, SCAN=SCAN, TP=triton.next_power_of_2(topk), num_warps=8,
         )  # fmt: skip
     return chosen
 

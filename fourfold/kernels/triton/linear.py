@@ -38,6 +38,26 @@ WIDE_TILE = 64  # above so many tokens a tile takes all rows of a block
 
 
 @triton.jit
+def to_fp8(values, FNUZ: tl.constexpr):
+    """Of float32 `[C, G]`: E4M3 codes of values / 2^e as uint8, and 2^e `[C]`.
+
+    e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e, from the bits of amax.
+    """
+    amax = tl.maximum(tl.max(tl.where(values == values, tl.abs(values), 0.0), 1), 1e-4)
+    bits = tl.minimum(amax, 3.0e38).to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) & 0xFF) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.minimum(tl.maximum(values * inverse[:, None], -448.0), 448.0)
+    scaled = tl.where(values == values, scaled, 0.0)
+    if FNUZ:
+        raw = (scaled * 0.5).to(tl.float8e4b8).to(tl.uint8, bitcast=True)
+    else:
+        raw = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    raw = tl.where(raw == 0x80, 0, raw).to(tl.uint8)
+    return raw, ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["T"])
 def _quantize_activations(
     x,
     codes,
@@ -50,29 +70,15 @@ def _quantize_activations(
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program a token and COUNT of its groups: codes = x / 2^e as E4M3, scale = 2^e.
-
-    e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e, from the bits of amax.
-    """
+    """One program a token and COUNT of its groups, as `to_fp8` rounds them."""
     token = tl.program_id(0)
     group = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     offset = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = offset < K
     values = tl.load(x + token.to(tl.int64) * K + offset, mask=inside, other=0.0).to(tl.float32)
-    amax = tl.maximum(tl.max(tl.where(values == values, tl.abs(values), 0.0), 1), 1e-4)
-    bits = tl.minimum(amax, 3.0e38).to(tl.int32, bitcast=True)
-    exponent = ((bits >> 23) & 0xFF) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(values * inverse[:, None], -448.0), 448.0)
-    scaled = tl.where(values == values, scaled, 0.0)
-    if FNUZ:
-        raw = (scaled * 0.5).to(tl.float8e4b8).to(tl.uint8, bitcast=True)
-    else:
-        raw = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    raw = tl.where(raw == 0x80, 0, raw).to(tl.uint8)
+    raw, factor = to_fp8(values, FNUZ)
     tl.store(codes + token.to(tl.int64) * K + offset, raw, mask=inside)
     place = group * T + token if BY_GROUP else token * GROUPS + group
-    factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
     tl.store(scale + place, factor, mask=group < GROUPS)
 
 
@@ -86,7 +92,7 @@ def _block_scale(scales, index, E8M0: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear(
     w,
     w_scale,
@@ -153,7 +159,7 @@ def _linear(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(n < N)[:, None] & (t < T)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def _add_chunks(parts, out, COUNT, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """`out[i] = parts[0, i] + parts[1, i] + …` in that order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -181,6 +187,18 @@ class Operands:
     chunk: int
     chunks: int
 
+    @property
+    def split(self) -> bool:
+        """Whether every chunk has programs of its own."""
+        return self.x.shape[0] <= FEW_TOKENS and self.chunks > 1
+
+    def target(self, dtype: torch.dtype) -> Tensor:
+        """Memory for the product `[T, N]` in `dtype`, or split for `[chunks, T, N]` float32."""
+        shape = (self.x.shape[0], self.w.shape[0])
+        if self.split:
+            return torch.empty(self.chunks, *shape, dtype=torch.float32, device=self.x.device)
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
 
 Products = Callable[[Operands, Tensor], bool]
 
@@ -193,7 +211,7 @@ def chunking(rows: int, blocks: int) -> tuple[int, int]:
     return size, -(-blocks // size)
 
 
-def _is_fp8(weight: QuantTensor) -> bool:
+def is_fp8(weight: QuantTensor) -> bool:
     """Whether the FP8 product computes what the weight asks for."""
     return weight.scheme.name == "fp8_block" and weight.quantize_activations
 
@@ -213,14 +231,10 @@ def plain_block(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize
 
 
-def _token_tile(tokens: int) -> int:
-    return min(max(triton.next_power_of_2(tokens), 16), 128)
-
-
 def quantize_activations(
     x: Tensor, fnuz: bool = False, by_group: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Codes `[T, K]` (E4M3, FNUZ if asked) and scales float32, powers of two, of x `[T, K]`.
+    """Codes uint8 `[T, K]` and scales float32, powers of two, of x `[T, K]`.
 
     Scales are `[T, ceil(K/128)]`, or with `by_group` `[ceil(K/128), T]`.
     """
@@ -235,16 +249,22 @@ def quantize_activations(
             x, codes, scale, tokens, size, groups, BY_GROUP=by_group, FNUZ=fnuz, COUNT=count,
             GROUP=BLOCK_K, num_warps=4 if count > 4 else 1,
         )  # fmt: skip
-    return codes.view(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn), scale
+    return codes, scale
 
 
-def _operands(x: Tensor, weight: Weight, fnuz: bool) -> Operands:
+def as_fp8(codes: Tensor, fnuz: bool) -> Tensor:
+    """The same bytes in the type that the device's unit reads them as."""
+    return codes.view(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
+
+
+def operands(weight: Weight, x: Tensor, x_scale: Tensor | None = None) -> Operands:
+    """Operands for `x [T, K]`: FP8 codes with their scales by group, or plain numbers."""
     rows, size = weight.shape
     if isinstance(weight, QuantTensor):
-        codes, scale = quantize_activations(x, fnuz, by_group=True)
+        assert x_scale is not None
         chunk, chunks = chunking(rows, -(-size // BLOCK_K))
-        w = weight.codes.view(codes.dtype)
-        return Operands(w, weight.scale, codes, scale, True, BLOCK_K, chunk, chunks)
+        w = weight.codes.view(x.dtype)
+        return Operands(w, weight.scale, x, x_scale, True, BLOCK_K, chunk, chunks)
     if weight.dtype != x.dtype:
         x, weight = x.float(), weight.float()
     weight = weight.contiguous()
@@ -253,30 +273,32 @@ def _operands(x: Tensor, weight: Weight, fnuz: bool) -> Operands:
     return Operands(weight, weight, x, x, False, block, chunk, chunks)
 
 
-def add_chunks(parts: Tensor, out: Tensor) -> None:
-    """`out` = the sum of `parts [chunks, *out.shape]` in order."""
+def multiply(o: Operands, target: Tensor, fnuz: bool, products: Products | None) -> Tensor:
+    """Write `target` (see `Operands.target`), by `products` if they take the operands."""
+    if products is None or not products(o, target):
+        tokens, size = o.x.shape
+        rows = o.w.shape[0]
+        tile = min(max(triton.next_power_of_2(tokens), 16), 128)
+        options = launch_options(tile, o.split)
+        grid = (-(-rows // options["TN"]), -(-tokens // tile), o.chunks if o.split else 1)
+        _linear[grid](
+            o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size, -(-size // o.block),
+            CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=o.split, FP8=o.fp8,
+            E8M0=o.w_scale.dtype == torch.uint8, FNUZ=fnuz, WHOLE=size % o.block == 0, TK=o.block,
+            TT=tile, **options,
+        )  # fmt: skip
+    return target
+
+
+def finish(o: Operands, dtype: torch.dtype, fnuz: bool, products: Products | None) -> Tensor:
+    """The product `[T, N]` in `dtype`, its chunks added in order."""
+    product = multiply(o, o.target(dtype), fnuz, products)
+    if not o.split:
+        return product
+    out = torch.empty(product.shape[1:], dtype=dtype, device=product.device)
     count = out.numel()
-    _add_chunks[(-(-count // 512),)](parts, out, count, CHUNKS=parts.shape[0], BLOCK=512)
-
-
-def _launch(o: Operands, out: Tensor, fnuz: bool) -> None:
-    tokens, size = o.x.shape
-    rows = o.w.shape[0]
-    split = tokens <= FEW_TOKENS and o.chunks > 1
-    target = out
-    if split:
-        target = torch.empty(o.chunks, tokens, rows, dtype=torch.float32, device=out.device)
-    tile = _token_tile(tokens)
-    options = launch_options(tile, split)
-    grid = (-(-rows // options["TN"]), -(-tokens // tile), o.chunks if split else 1)
-    _linear[grid](
-        o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size, -(-size // o.block),
-        CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=split, FP8=o.fp8,
-        E8M0=o.w_scale.dtype == torch.uint8, FNUZ=fnuz, WHOLE=size % o.block == 0, TK=o.block,
-        TT=tile, **options,
-    )  # fmt: skip
-    if split:
-        add_chunks(target, out)
+    _add_chunks[(-(-count // 512),)](product, out, count, CHUNKS=o.chunks, BLOCK=512)
+    return out
 
 
 def linear(
@@ -288,20 +310,22 @@ def linear(
 ) -> Tensor:
     """The op `linear` (ops/linear.py) for contiguous weights of FP8 blocks, bfloat16 or float32.
 
-    `products(operands, out)` may write the result in another way, bit for bit; it says whether it did.
+    `products(operands, target)` may write the target in another way, bit for bit; it says whether it did.
     """
-    out_dtype = torch.float32 if unrounded else x.dtype
-    if isinstance(weight, QuantTensor) and not _is_fp8(weight):
+    dtype = torch.float32 if unrounded else x.dtype
+    if isinstance(weight, QuantTensor) and not is_fp8(weight):
         # No released checkpoint has such a linear layer: exact, and slow.
         x = round_activations(x, weight)
         weight = weight.dequantize(torch.float32)
     x = x.contiguous()
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
-    if x.shape[0]:
-        operands = _operands(x, weight, fnuz)
-        if products is None or not products(operands, out):
-            _launch(operands, out, fnuz)
-    return out
+    if not x.shape[0]:
+        return torch.empty(0, weight.shape[0], dtype=dtype, device=x.device)
+    if isinstance(weight, QuantTensor):
+        codes, scale = quantize_activations(x, fnuz, by_group=True)
+        o = operands(weight, as_fp8(codes, fnuz), scale)
+    else:
+        o = operands(weight, x)
+    return finish(o, dtype, fnuz, products)
 
 
 KERNELS = (

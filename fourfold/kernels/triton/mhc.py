@@ -1,15 +1,21 @@
 """Hyper-connections for GPUs: the post step of one site and the pre step of the next in two launches.
 
     streams   new X' = post·z + combᵀX, rounded and stored; its products with fn and Σ X'²
-              a program: 64 dims of every stream, 16 tokens (several times 16 where there are many)
+              a program: 64 dims of every stream and several times 16 tokens; 64 dims of one new stream
+              and 16 tokens where there are few
     finish    one program a token: pre, y = RMSNorm(Σ pre_i·X'_i);  one for 4 tokens: post, Sinkhorn
 
-`streams` leaves one partial sum for each chunk of 64 dims, which `finish` adds up: fn is read by many
-programs at once however few tokens there are, and a token's sums are the same in every batch. Sums over
+`streams` leaves partial sums for each chunk of 64 dims, those of its streams added in order or left to
+`finish` to add in the same order, which adds up the chunks: fn is read by many programs at once however
+few tokens there are, and a token's sums are the same in every batch. Sums over
 dims are products of the matrix unit on tiles of one shape. With bfloat16 streams, fn is split into three
 bfloat16 parts whose sum is exactly fn; products are then exact and only their accumulation rounds, as in
 float32.
 """
+
+# Triton's compiler takes tuples that grow by concatenation, and no other form of them.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -24,6 +30,7 @@ from fourfold.ops.registry import Kernel
 
 TOKENS = 16  # tokens a program of `_streams`
 DIMS = 64  # dims of each stream a chunk
+FEW_TOKENS = 64  # up to here every stream has programs of its own
 MANY_TOKENS = 1024  # from here on a program takes TILES times TOKENS, to read fn less often
 TILES = 4
 MIXERS = 4  # tokens a Sinkhorn program
@@ -57,6 +64,7 @@ def _streams(
     D,
     POST: tl.constexpr,
     MIX: tl.constexpr,
+    APART: tl.constexpr,
     S: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -66,16 +74,19 @@ def _streams(
 ):
     """`out` = new streams (POST), `parts [chunks, T, WIDTH]` = sums of fn · X and of X² (MIX).
 
-    A row of `parts` holds ROWS products, then the sum of squares.
+    A row of `parts` holds ROWS products, then the sum of squares. APART: a program makes one stream, and
+    there are S such rows, `[chunks · S, T, WIDTH]`.
     """
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    COUNT: tl.constexpr = 1 if APART else S
+    first = tl.program_id(0) % S if APART else 0
+    d = (tl.program_id(0) // S if APART else tl.program_id(0)) * BD + tl.arange(0, BD)
     row = tl.arange(0, WIDTH)
     WIDE: tl.constexpr = streams.dtype.element_ty == tl.float32
     if MIX:
         a = ()
-        for i in tl.static_range(S):
+        for n in tl.static_range(COUNT):
             values = tl.load(
-                fn + row[:, None] * (S * D) + i * D + d[None, :],
+                fn + row[:, None] * (S * D) + (first + n) * D + d[None, :],
                 mask=(row < ROWS)[:, None] & (d < D)[None, :],
                 other=0.0,
             )
@@ -92,26 +103,30 @@ def _streams(
                 x = x + (value.to(tl.float32),)
             y = tl.load(z + tokens[None, :] * D + d[:, None], mask=inside, other=0.0)
             y = y.to(tl.float32)
-            for j in tl.static_range(S):
-                mixer = comb + tokens * (S * S) + j
+            for n in tl.static_range(COUNT):
+                mixer = comb + tokens * (S * S) + first + n
                 value = tl.load(mixer, mask=live, other=0.0)[None, :] * x[0]
                 for i in tl.static_range(1, S):
                     factor = tl.load(mixer + i * S, mask=live, other=0.0)[None, :]
                     value = tl.fma(factor, x[i], value)
-                gain = tl.load(post + tokens * S + j, mask=live, other=0.0)[None, :]
+                gain = tl.load(post + tokens * S + first + n, mask=live, other=0.0)[None, :]
                 value = tl.fma(gain, y, value).to(out.dtype.element_ty)
-                tl.store(out + place + j * D, value, mask=inside)
+                tl.store(out + place + (first + n) * D, value, mask=inside)
             # Read back what was just written: carried over in registers, it would be computed again
             # for every layout that the products need.
             tl.debug_barrier()
         if MIX:
             products = tl.zeros((WIDTH, TT), dtype=tl.float32)
             squares = tl.zeros((TT, TT), dtype=tl.float32)
-            for i in tl.static_range(S):
-                x_i = tl.load(out + place + i * D, mask=inside, other=0.0)
-                for n in tl.static_range(len(a[i])):
-                    products = tl.dot(a[i][n], x_i, products, input_precision="ieee")
-                squares = tl.dot(tl.trans(x_i), x_i, squares, input_precision="ieee")
+            for n in tl.static_range(COUNT):
+                x_n = tl.load(out + place + (first + n) * D, mask=inside, other=0.0)
+                product = tl.zeros((WIDTH, TT), dtype=tl.float32)
+                for part in tl.static_range(len(a[n])):
+                    product = tl.dot(a[n][part], x_n, product, input_precision="ieee")
+                square = tl.zeros((TT, TT), dtype=tl.float32)
+                square = tl.dot(tl.trans(x_n), x_n, square, input_precision="ieee")
+                products = product if n == 0 else products + product
+                squares = square if n == 0 else squares + square
             sums = parts + (tl.program_id(0).to(tl.int64) * T + tokens) * WIDTH
             kept = (row < ROWS)[:, None] & live[None, :]
             tl.store(sums[None, :] + row[:, None], products, mask=kept)
@@ -145,6 +160,7 @@ def _read_streams(
     norm_eps,
     hc_eps,
     CHUNKS: tl.constexpr,
+    PER: tl.constexpr,
     S: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -160,8 +176,11 @@ def _read_streams(
         x = x + (tl.load(streams + place, mask=d < D, other=0.0),)
     chunk = tl.arange(0, CHUNKS).to(tl.int64)[:, None]
     present = (chunk * BD < D) & (lane <= ROWS)[None, :]
-    place = (chunk * T + token) * WIDTH + lane[None, :]
-    mix = tl.sum(tl.load(parts + place, mask=present, other=0.0), axis=0)
+    place = (chunk * PER * T + token) * WIDTH + lane[None, :]
+    part = tl.load(parts + place, mask=present, other=0.0)
+    for i in tl.static_range(1, PER):
+        part += tl.load(parts + place + i * T * WIDTH, mask=present, other=0.0)
+    mix = tl.sum(part, axis=0)
     inverse = tl.rsqrt(_pick(mix, lane, ROWS) / (S * D) + norm_eps)
     first = tl.load(scale)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -189,6 +208,7 @@ def _mix_streams(
     hc_eps,
     iterations,
     CHUNKS: tl.constexpr,
+    PER: tl.constexpr,
     S: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -201,8 +221,11 @@ def _mix_streams(
     lane = tl.arange(0, WIDTH)[None, :]
     chunk = tl.arange(0, CHUNKS)[None, :, None]
     present = (chunk * BD < D) & (lane <= ROWS)[:, None, :] & live[:, None, None]
-    place = (chunk * T + tokens[:, None, None]) * WIDTH + lane[:, None, :]
-    mix = tl.sum(tl.load(parts + place, mask=present, other=0.0), axis=1)
+    place = (chunk * PER * T + tokens[:, None, None]) * WIDTH + lane[:, None, :]
+    part = tl.load(parts + place, mask=present, other=0.0)
+    for i in tl.static_range(1, PER):
+        part += tl.load(parts + place + i * T * WIDTH, mask=present, other=0.0)
+    mix = tl.sum(part, axis=1)
     inverse = tl.rsqrt(_pick(mix, lane, ROWS) / (S * D) + norm_eps)
     second = tl.load(scale + 1) + tl.zeros_like(inverse)
     third = tl.load(scale + 2) + tl.zeros_like(inverse)
@@ -268,6 +291,7 @@ def _finish(
     hc_eps,
     iterations,
     CHUNKS: tl.constexpr,
+    PER: tl.constexpr,
     S: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -281,12 +305,12 @@ def _finish(
     if HEAD or program < T:
         _read_streams(
             program, streams, parts, base, scale, norm, y, T, D, norm_eps, hc_eps,
-            CHUNKS, S, ROWS, WIDTH, BLOCK, BD,
+            CHUNKS, PER, S, ROWS, WIDTH, BLOCK, BD,
         )  # fmt: skip
     else:
         _mix_streams(
             program - T, parts, base, scale, post, comb, T, D, norm_eps, hc_eps, iterations,
-            CHUNKS, S, ROWS, WIDTH, TOKENS, BD,
+            CHUNKS, PER, S, ROWS, WIDTH, TOKENS, BD,
         )  # fmt: skip
 
 
@@ -295,22 +319,24 @@ def _run_streams(
     fn: Tensor | None,
     post_step: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """New streams (or the given ones) and `parts [chunks, T, width]`, without tokens if without fn."""
+    """New streams (or the given ones) and `parts [chunks, per chunk, T, width]` (see `_streams`), without
+    tokens if without fn."""
     streams = streams.contiguous()
     tokens, count, dim = streams.shape
     rows = fn.shape[0] if fn is not None else 0
     width = max(16, triton.next_power_of_2(rows + 1))
-    chunks = -(-dim // DIMS)
-    shape = (chunks, tokens if fn is not None else 0, width)
+    chunks, apart = -(-dim // DIMS), tokens <= FEW_TOKENS
+    per = count if apart else 1
+    shape = (chunks, per, tokens if fn is not None else 0, width)
     parts = torch.empty(shape, dtype=torch.float32, device=streams.device)
     out = torch.empty_like(streams) if post_step else streams
     z, post, comb = (each.contiguous() for each in post_step or (streams, parts, parts))
     if tokens:
         tiles = TILES if tokens >= MANY_TOKENS else 1
-        _streams[(chunks, -(-tokens // (TOKENS * tiles)))](
+        _streams[(chunks * per, -(-tokens // (TOKENS * tiles)))](
             z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
-            POST=post_step is not None, MIX=fn is not None, S=count, ROWS=rows, WIDTH=width,
-            TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=4, num_stages=1, **EXACT,
+            POST=post_step is not None, MIX=fn is not None, APART=apart, S=count, ROWS=rows,
+            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=4, num_stages=1, **EXACT,
         )  # fmt: skip
     return out, parts
 
@@ -333,7 +359,8 @@ def _run_finish(
         base, scale, norm = parameters
         _finish[(tokens + (-(-tokens // MIXERS) if iterations else 0),)](
             streams, parts, base, scale, norm, y, post, comb, tokens, dim, *eps, iterations,
-            CHUNKS=triton.next_power_of_2(parts.shape[0]), S=count, ROWS=rows, WIDTH=parts.shape[2],
+            CHUNKS=triton.next_power_of_2(parts.shape[0]), PER=parts.shape[1], S=count, ROWS=rows,
+            WIDTH=parts.shape[3],
             BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations, BD=DIMS,
             num_warps=4, **EXACT,
         )  # fmt: skip

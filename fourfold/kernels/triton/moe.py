@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fourfold.core.device import Feature
 from fourfold.core.tensor import QuantTensor, Weight
-from fourfold.kernels.triton.linear import quantize_activations
+from fourfold.kernels.triton.linear import as_fp8, quantize_activations
 from fourfold.ops.moe import routed_experts as body
 from fourfold.ops.registry import Kernel
 
@@ -101,7 +101,7 @@ def _fp8_block(
     return acc + product * (s_w * s_x)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SCALES"])
 def _gate_up(
     w1,
     w1_scale,
@@ -164,7 +164,7 @@ def _gate_up(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SCALES"])
 def _down(
     w2,
     w2_scale,
@@ -241,7 +241,7 @@ def _local(ids, slot, SLOTS, FIRST, EXPERTS):
     return tl.where((expert >= 0) & (expert < EXPERTS) & (slot < SLOTS), expert, EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SLOTS", "FIRST", "MOST"])
 def _sort_slots(
     ids,
     order,
@@ -361,10 +361,10 @@ def grouped(
     plan = sort_tokens(ids, experts, first_expert, tile)
     codes, scale = quantize_activations(y.contiguous(), fnuz)
     hidden = torch.empty(tokens * topk, inner, dtype=y.dtype, device=y.device)
-    gate_up(codes, scale, plan, hidden)
+    gate_up(as_fp8(codes, fnuz), scale, plan, hidden)
     codes, scale = quantize_activations(hidden, fnuz)
     result = torch.empty(tokens * topk, dim, dtype=torch.float32, device=y.device)
-    down(codes, scale, plan, result)
+    down(as_fp8(codes, fnuz), scale, plan, result)
     out = torch.empty(tokens, dim, dtype=torch.float32, device=y.device)
     _sum_slots[(tokens, -(-dim // 1024))](
         result, ids.contiguous(), out, dim, first_expert, first_expert + experts,
@@ -399,8 +399,7 @@ def routed_experts(
         return torch.empty(0, dim, dtype=torch.float32, device=y.device)
     tile = tokens_a_tile(tokens * topk, experts)
     fp4 = w1.scheme.name == "mxfp4"
-    stored = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
-    c1, c2, c3 = (w.codes if fp4 else w.codes.view(stored) for w in (w1, w2, w3))
+    c1, c2, c3 = (w.codes if fp4 else as_fp8(w.codes, fnuz) for w in (w1, w2, w3))
     s1, s2, s3 = w1.scale, w2.scale, w3.scale
     factors = weights.to(torch.float32).contiguous()
     options: dict[str, Any] = {"FP4": fp4, "E8M0": s1.dtype == torch.uint8, "FNUZ": fnuz}

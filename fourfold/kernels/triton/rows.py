@@ -180,7 +180,7 @@ def _rows(
         turned = tl.load(x + row * DIM + n + r, mask=r >= 0, other=0.0).to(tl.float32)
     scales = DATA * tl.cast(N, tl.int64) + row * SCALE_BYTES
     store_row(storage, row * DATA, scales, still, turned, d, r, n, SCALE_BYTES, KIND, GROUP)
-    if KIND != PLAIN:
+    if KIND != PLAIN:  # noqa: SIM102 - one is decided when compiling
         if row == N - 1:
             spare = (DATA + SCALE_BYTES) * tl.cast(N, tl.int64) + tl.arange(0, PADDING)
             tl.store(storage + spare, tl.zeros((PADDING,), dtype=tl.uint8), mask=spare < PAGE)

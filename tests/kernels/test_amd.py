@@ -1,0 +1,56 @@
+"""AMD machine code of every kernel, executed by tools/gcn and compared with the op's body.
+
+gfx942 reads FP8 in the FNUZ dialect and gfx950 in the OCP one; both must give the body's numbers. The
+kernels, the launches and the inputs are those of the ops' cases: a new kernel is here by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fourfold.core.device import ARCHS
+from fourfold.ops.catalog import OPS
+from fourfold.ops.registry import KernelPlan, Op
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from triton import knobs
+
+from tests.kernels.emulated import emulated
+from tests.kernels.interpreter import assert_close, poisoned
+from tests.kernels.launches import cases, copied, kernels_of, run
+from tests.kernels.test_compile import CACHE
+
+pytestmark = pytest.mark.full
+
+BODIES = KernelPlan.bodies(OPS)
+
+
+@pytest.fixture(autouse=True)
+def cache() -> Iterator[None]:
+    with knobs.cache.scope():
+        knobs.cache.dir = str(CACHE)
+        yield
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("name", ["gfx942", "gfx950"])
+def test_machine_code_gives_what_the_body_gives(name: str, op: Op) -> None:
+    arch, dtype = ARCHS[name], torch.bfloat16
+    for kernel in (k for k in kernels_of(arch) if k.op == op.name):
+        ran: dict[str, int] = {}
+        for case in cases(op, dtype):
+            ours, theirs = copied(case.arguments), copied(case.arguments)
+            expected = getattr(BODIES, kernel.op)(**theirs)
+            with emulated(arch) as counts, poisoned():
+                got = run(kernel, ours)
+            writes = op.writes
+            if writes:
+                got = [got, *(ours[w] for w in writes)]
+                expected = [expected, *(theirs[w] for w in writes)]
+            where = f"{name} {kernel.op}={kernel.name} {case.name}"
+            assert_close(got, expected, op.tolerance.of(dtype), where)
+            ran |= counts
+        assert ran, f"{kernel.op}={kernel.name} launched nothing over its op's cases"

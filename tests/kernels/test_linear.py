@@ -1,0 +1,113 @@
+"""Linear layers, the shared expert and token sorting in the interpreter, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourfold.core.tensor import QuantTensor
+from fourfold.ops.moe import routed_experts as experts_body
+from fourfold.ops.moe import shared_expert as shared_body
+from fourfold.quant.fp8_block import FP8_BLOCK
+from fourfold.quant.mxfp4 import MXFP4
+from tests.kernels import interpreter
+from tests.kernels.interpreter import (
+    assert_close,
+    assert_equals_body,
+    body,
+    driver,
+    interpreted,
+    poisoned,
+)
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.full
+
+
+@driver
+def test_in_the_interpreter() -> None:
+    interpreter.run(__file__)
+
+
+def fp8(*shape: int, scale_format: str = "e8m0") -> QuantTensor:
+    values = torch.randn(shape) * shape[-1] ** -0.5
+    return QuantTensor(*FP8_BLOCK.quantize(values, scale_format), FP8_BLOCK, shape)
+
+
+def fp4(*shape: int) -> QuantTensor:
+    codes, scale = MXFP4.quantize(torch.randn(shape) * shape[-1] ** -0.5, "e8m0")
+    MXFP4.canonicalize(codes)
+    return QuantTensor(codes, scale, MXFP4, shape)
+
+
+@interpreted
+@pytest.mark.parametrize("module", ["linear", "shared", "moe"])
+def test_equals_the_body_on_the_ops_cases(module: str) -> None:
+    import importlib
+
+    for kernel in importlib.import_module(f"fourfold.kernels.triton.{module}").KERNELS:
+        if not kernel.name.endswith("fnuz"):  # this interpreter has no FNUZ types
+            assert_equals_body(kernel)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(200, 300), (64, 1024)], ids=str)
+def test_fp8_at_ragged_sizes_alone_and_in_a_batch(shape: tuple[int, int]) -> None:
+    """Bit for bit: in a split pass, and with the number of tokens a split ends at set to 0."""
+    from fourfold.kernels.triton import linear
+
+    weight, x = fp8(*shape), torch.randn(70, shape[1]).bfloat16()
+    with poisoned():
+        whole = linear.linear(x, weight)
+    assert_close(whole, body("linear")(x, weight), 1.6e-2)
+    for part in (slice(3, 4), slice(3, 20)):
+        assert torch.equal(linear.linear(x[part], weight), whole[part])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "FEW_TOKENS", 0)
+        with poisoned():
+            assert torch.equal(linear.linear(x, weight), whole)
+
+
+@interpreted
+def test_the_shared_expert_alone_and_in_a_batch() -> None:
+    from fourfold.kernels.triton import linear, shared
+
+    y = torch.randn(70, 256).bfloat16() * 4
+    weights = (fp8(384, 256), fp8(256, 384), fp8(384, 256, scale_format="f32"))
+    with poisoned():
+        whole = shared.shared_expert(y, *weights, 1.0)
+    assert_close(whole, shared_body(y, *weights, 1.0), 1.6e-2)
+    assert torch.equal(shared.shared_expert(y[9:12], *weights, 1.0), whole[9:12])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "FEW_TOKENS", 0)
+        with poisoned():
+            assert torch.equal(shared.shared_expert(y, *weights, 1.0), whole)
+
+
+@interpreted
+@pytest.mark.parametrize("make", [fp4, fp8], ids=["fp4", "fp8"])
+def test_experts_of_a_half_with_absent_ones(make: object) -> None:
+    from fourfold.kernels.triton import moe
+
+    assert callable(make)
+    y, ids = torch.randn(9, 160).bfloat16(), torch.randint(8, (9, 3))
+    weights, experts = torch.rand(9, 3), (make(4, 96, 160), make(4, 160, 96), make(4, 96, 160))
+    with poisoned():
+        got = moe.routed_experts(y, ids, weights, *experts, 2.0, 3)
+    assert_close(got, experts_body(y, ids, weights, *experts, 2.0, 3), 1.6e-2)
+
+
+@interpreted
+@pytest.mark.parametrize(("experts", "first"), [(4, 0), (7, 3)])
+@pytest.mark.parametrize("tokens", [1, 33, 120])
+def test_sorting_equals_a_stable_sort(experts: int, first: int, tokens: int) -> None:
+    from fourfold.kernels.triton import moe
+
+    ids = torch.randint(experts + 2 * first, (tokens, 6))
+    ids[:, 2] = 3
+    for tile in (8, 64):
+        with poisoned():
+            got = moe.sort_tokens(ids, experts, first, tile)
+        expected = moe._sort_many(ids, experts, first, tile, got.tiles.shape[0])
+        assert torch.equal(got.order, expected.order)
+        assert torch.equal(got.tiles, expected.tiles)
