@@ -37,7 +37,7 @@ HOUSE: dict[str, tuple[set[str], set[str]]] = {
     "cache": (FLOOR_2 | {"cache"}, ENGINE_ROOM),
     "weights": (FLOOR_2 | {"weights"}, ENGINE_ROOM),
     "engine": (FLOOR_2 | {"kernels", "model", "cache", "weights", "engine"}, ENGINE_ROOM),
-    "text": (FRONT | {"text"}, {"tokenizers"}),
+    "text": (FRONT | {"text"}, {"tokenizers", "llguidance"}),
     "server": (FRONT | {"text", "server"}, SERVING),
     "cli": (ROOF | {"llm", "cli"}, ENGINE_ROOM | {"click", "tqdm"}),
     "llm": (ROOF | {"llm"}, ENGINE_ROOM | {"tqdm"}),

@@ -117,7 +117,7 @@ def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: str) -> int
     output, and beside them what the widest of three parts holds at once: attention (queries before
     and after their norm or with what they attended to, grouped outputs, listed rows), experts (a
     hidden row and a float32 result for each of a token's experts), head (float32 logits of the last
-    token and of each draft, and two copies for sampling).
+    token and of each draft, and two copies for sampling). The slot of nobody is lost in the rounding.
     """
     wide, size = max(4, DTYPE_BYTES[dtype]), DTYPE_BYTES[dtype]
     tokens, hidden = config.max_num_batched_tokens, model.hidden_size

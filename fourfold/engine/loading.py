@@ -7,7 +7,8 @@ was decided (config, kernel plan, quantisation, notes) so that it can be shown.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,18 +16,22 @@ from fourfold import kernels
 from fourfold.core.config import EngineConfig, ModelConfig
 from fourfold.core.device import Device
 from fourfold.core.errors import ConfigError
-from fourfold.core.tensor import named_dtype
+from fourfold.core.parameters import EXPERT_ROLES, parameters
+from fourfold.core.tensor import Weight, named_dtype
 from fourfold.dist.comm import SingleComm
 from fourfold.model.v4 import DeepseekV4
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import KernelPlan
 from fourfold.weights.amplitude import amplitude_report
+from fourfold.weights.layout import WeightFormat
 from fourfold.weights.loader import CheckpointPlan, load, open_checkpoint
 from fourfold.weights.locate import ModelLocation
+from fourfold.weights.random_weights import random_parameters
 
 MOST_OUTLIERS = 5  # notes about weights of unusual size
 
 Progress = Callable[[str, int, int], None]
+Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: Device
     kernel_plan: KernelPlan
-    checkpoint: CheckpointPlan
+    checkpoint: CheckpointPlan | None  # None: the weights come from no files
     notes: tuple[str, ...]
     identity: str  # of the checkpoint: what a cache's content is bound to
     weight_bytes: int  # all parameters as they lie in memory
@@ -60,24 +65,20 @@ def load_model(
             "--num-speculative-tokens needs an MTP layer, and this checkpoint has none "
             "(num_nextn_predict_layers is 0)"
         )
-    name = reading.config.torch_dtype if config.dtype == "auto" else config.dtype
-    dtype = named_dtype(name)
-    plan = KernelPlan.resolve(
-        OPS, kernels.load(device), device, reading.config, dtype, dict(config.kernels)
-    )
+    dtype, plan = _plan(reading.config, config, device)
     checkpoint = open_checkpoint(location.directory, reading.config, config.expert_dtype)
-    parameters = load(checkpoint, device.torch_device, dtype, progress)
-    model = DeepseekV4(reading.config, parameters, plan, SingleComm())
+    loaded = load(checkpoint, device.torch_device, dtype, progress)
     notes = list(reading.notes)
     if reading.unknown_keys:
         notes.append("config.json keys not used: " + ", ".join(reading.unknown_keys))
     notes.extend(checkpoint.notes)
-    outliers = amplitude_report(parameters)
+    outliers = amplitude_report(loaded)
     notes.extend(f"unusual weight: {outlier}" for outlier in outliers[:MOST_OUTLIERS])
     if len(outliers) > MOST_OUTLIERS:
         notes.append(f"unusual weights: {len(outliers) - MOST_OUTLIERS} more")
+    _prepare(loaded, reading.config, plan)
     return LoadedModel(
-        model,
+        DeepseekV4(reading.config, loaded, plan, SingleComm()),
         reading.config,
         dtype,
         device,
@@ -85,5 +86,49 @@ def load_model(
         checkpoint,
         tuple(notes),
         identity=f"{location.directory}@{location.revision}",
-        weight_bytes=sum(weight.nbytes for weight in parameters.values()),
+        weight_bytes=sum(weight.nbytes for weight in loaded.values()),
     )
+
+
+def random_model(
+    model: ModelConfig,
+    weights: WeightFormat,
+    config: EngineConfig,
+    device: Device,
+    watch: Watch | None = None,
+) -> LoadedModel:
+    """A model of random weights, made on `device`; `weights` must be what `model` says of storage.
+    `watch(op, run)` may wrap what runs each op. Raises `FourfoldError`s."""
+    dtype, plan = _plan(model, config, device, watch)
+    made = random_parameters(model, weights, device.torch_device, dtype, config.seed)
+    _prepare(made, model, plan)
+    return LoadedModel(
+        DeepseekV4(model, made, plan, SingleComm()),
+        model,
+        dtype,
+        device,
+        plan,
+        None,
+        ("random weights",),
+        identity=f"random@{config.seed}",
+        weight_bytes=sum(weight.nbytes for weight in made.values()),
+    )
+
+
+def _plan(
+    model: ModelConfig, config: EngineConfig, device: Device, watch: Watch | None = None
+) -> tuple[torch.dtype, KernelPlan]:
+    """The dtype a model runs in, and its kernels."""
+    dtype = named_dtype(model.torch_dtype if config.dtype == "auto" else config.dtype)
+    ops, available = OPS, kernels.load(device)
+    if watch is not None:
+        ops = tuple(replace(op, body=watch(op.name, op.body)) for op in ops)
+        available = tuple(replace(each, run=watch(each.op, each.run)) for each in available)
+    return dtype, KernelPlan.resolve(ops, available, device, model, dtype, dict(config.kernels))
+
+
+def _prepare(weights: dict[str, Weight], model: ModelConfig, plan: KernelPlan) -> None:
+    """Store routed experts as the kernel chosen for them wants them."""
+    for spec in parameters(model):
+        if spec.role in EXPERT_ROLES:
+            weights[spec.name] = plan.prepare("routed_experts", weights[spec.name])

@@ -12,7 +12,7 @@ from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
 from fourfold.core.device import detect
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.engine import Engine
-from fourfold.engine.loading import load_model
+from fourfold.engine.loading import LoadedModel, load_model
 from fourfold.weights.locate import ModelLocation, locate
 
 
@@ -51,9 +51,13 @@ def engine_info(engine: Engine, location: ModelLocation) -> EngineInfo:
         bos_token_id=loaded.config.bos_token_id,
         eos_token_id=loaded.config.eos_token_id,
         num_speculative_tokens=engine.config.num_speculative_tokens,
-        notes=(*loaded.checkpoint.resolution.lines(), *loaded.notes, *engine.notes),
+        notes=(*_storage(loaded), *loaded.notes, *engine.notes),
         capacity=tuple(engine.capacity.describe()),
     )
+
+
+def _storage(loaded: LoadedModel) -> tuple[str, ...]:
+    return tuple(loaded.checkpoint.resolution.lines()) if loaded.checkpoint else ()
 
 
 def start_engine(

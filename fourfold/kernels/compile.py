@@ -8,11 +8,13 @@ back as a `Compiled` with the reason; nothing is raised for a single variant.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -169,6 +171,15 @@ def _compile_in_process(variant: Variant, arch: str, cache: str | None) -> Compi
     return compile_variant(variant, ARCHS[arch])
 
 
+def _quiet() -> None:
+    """The compiler prints a kernel's whole intermediate code when a pass fails: the reason is enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _fresh(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
+
+
 def compile_all(
     variants: Iterable[Variant],
     arch: Arch,
@@ -178,17 +189,31 @@ def compile_all(
 ) -> list[Compiled]:
     """Compile `variants` into `cache` (None: Triton's own place), in order of `variants`.
 
-    `done` is told of each as it is finished. With several processes each is a fresh interpreter.
+    `done` is told of each as it is finished. Every process is a fresh interpreter; a compiler that takes
+    its process down fails that variant alone.
     """
     wanted = list(variants)
     place = str(cache) if cache else None
     results: dict[int, Compiled] = {}
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+
+    def keep(number: int, compiled: Compiled) -> None:
+        results[number] = compiled
+        done(compiled)
+
+    with _fresh(processes) as pool:
         futures = {
             pool.submit(_compile_in_process, variant, arch.name, place): number
             for number, variant in enumerate(wanted)
         }
         for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            done(results[futures[future]])
+            if not isinstance(future.exception(), BrokenProcessPool):
+                keep(futures[future], future.result())
+    for number in (n for n in range(len(wanted)) if n not in results):
+        with _fresh(1) as pool:
+            alone = pool.submit(_compile_in_process, wanted[number], arch.name, place)
+            if isinstance(alone.exception(), BrokenProcessPool):
+                crash = Compiled(wanted[number], arch.name, 0.0, error="the compiler crashed")
+                keep(number, crash)
+            else:
+                keep(number, alone.result())
     return [results[number] for number in range(len(wanted))]

@@ -117,16 +117,37 @@ def record(arch: Arch, label: Callable[[], str] = str) -> Iterator[dict[Variant,
     outputs stay as they were allocated.
     """
     found: dict[Variant, str] = {}
+    functions: list[JITFunction[Any]] = []
+    with stand_in(arch) as here, knobs.runtime.scope():
 
-    def note(*, fn: Any, compile: Any, **rest: Any) -> bool:
-        variant = _variant(compile, fn.jit_function)
-        if variant not in found:
-            found[variant] = label()
-        return True  # tells Triton not to compile
+        def note(*, key: str, fn: Any, compile: Any, **rest: Any) -> bool:
+            found.setdefault(_variant(compile, fn.jit_function), label())
+            functions.append(fn.jit_function)
+            # The next launch alike finds this and does not ask again.
+            fn.jit_function.device_caches[here][0][key] = _NOT_COMPILED
+            return True  # tells Triton not to compile
 
-    with stand_in(arch), knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
-        yield found
+        try:
+            yield found
+        finally:
+            for function in functions:
+                function.device_caches.pop(here, None)
+
+
+class _NotCompiled:
+    """What a launch finds in place of a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *launch: Any) -> None:
+        return None
+
+    def run(self, *launch: Any) -> None:
+        return None
+
+
+_NOT_COMPILED = _NotCompiled()
 
 
 def entry_points(module: str) -> dict[str, JITFunction[Any]]:

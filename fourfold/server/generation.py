@@ -20,6 +20,7 @@ from typing import TypeVar
 from fourfold.core.errors import FourfoldError
 from fourfold.core.request import (
     FinishReason,
+    Grammar,
     Request,
     RequestOutput,
     SamplingParams,
@@ -57,6 +58,7 @@ class Job:
     forced: tuple[int, ...] = ()
     end_think: int | None = None
     single_call: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class Generation:
                 params,
                 cache_salt=job.cache_salt,
                 image_positions=job.image_positions,
+                grammar=job.grammar,
             )
             async with aclosing(self._run(first)) as pieces:
                 async for piece in pieces:

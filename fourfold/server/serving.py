@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fourfold.core.client import EngineClient, EngineInfo, EngineState, LoadProgress
 from fourfold.core.log import Log
+from fourfold.core.request import Grammar
 from fourfold.server.admission import Admission
 from fourfold.server.errors import (
     RETRY_DRAINING,
@@ -22,7 +23,9 @@ from fourfold.server.errors import (
     busy,
     model_not_found,
     unavailable,
+    unsupported,
 )
+from fourfold.server.grammars import GrammarChecker
 from fourfold.server.logprobs import TokenTexts
 from fourfold.server.metrics import Metrics
 from fourfold.server.settings import ServerSettings
@@ -69,9 +72,10 @@ class Serving:
         log: Log,
         name: str,
         on_progress: LoadProgress = lambda part, done, total: None,
+        grammars: bool = False,
     ) -> None:
         """`name` is the model's own, used if the settings name none; `on_progress` is told how far
-        loading has come, as /health tells it."""
+        loading has come, as /health tells it; `grammars`: whether the engine takes them."""
         self._on_progress = on_progress
         self.settings, self.engine, self.tokenizer = settings, engine, tokenizer
         self.profile, self.defaults, self.log = profile, defaults, log
@@ -84,6 +88,7 @@ class Serving:
         self._admission: Admission | None = None
         self._bodies = 0
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenise")
+        self.grammars = GrammarChecker() if grammars else None
         self.texts = TokenTexts(tokenizer)
         self._longest_token = max(map(len, map(tokenizer.token_bytes, self.texts.known)))
 
@@ -168,6 +173,16 @@ class Serving:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
+    async def expect_grammar(self, grammar: Grammar | None, field_name: str) -> None:
+        """Raise 400 or `RequestError` unless there is none, or one that can be used."""
+        if grammar is None:
+            return
+        if self.grammars is None:
+            raise unsupported(field_name, "other than text is not supported by this engine")
+        await self.grammars.check(grammar)
+
     def close(self) -> None:
         """Let go of the workers."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        if self.grammars is not None:
+            self.grammars.close()

@@ -66,21 +66,21 @@ def _fp8_quantiles() -> NDArray[np.uint8]:
     return values.float().to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
-_FP4_EXPONENTS = _spread({-3: 12, -2: 32, -1: 52, 0: 64, 1: 52, 2: 32, 3: 12})
-_FP8_EXPONENTS = _spread({-2: 8, -1: 60, 0: 120, 1: 60, 2: 8})
+FP4_EXPONENTS = _spread({-3: 12, -2: 32, -1: 52, 0: 64, 1: 52, 2: 32, 3: 12})
+FP8_EXPONENTS = _spread({-2: 8, -1: 60, 0: 120, 1: 60, 2: 8})
 # One FP4 group in 256 is this many binades smaller than its neighbours, so that some strips of 128
 # inputs are too uneven for one FP8 scale.
-_FP4_OUTLIER = 12
-_FP8_CODES = _fp8_quantiles()
+FP4_OUTLIER = 12
+FP8_CODES = _fp8_quantiles()
 
 
 def _rms(values: NDArray[Any]) -> float:
     return math.sqrt(float(np.mean(np.square(values.astype(np.float64)))))
 
 
-_FP8_VALUES = torch.from_numpy(_FP8_CODES).view(torch.float8_e4m3fn).float().numpy()
-_FP4_RMS = _rms(np.array(FP4_VALUES)) * _rms(np.exp2(_FP4_EXPONENTS))
-_FP8_RMS = _rms(_FP8_VALUES) * _rms(np.exp2(_FP8_EXPONENTS))
+_FP8_VALUES = torch.from_numpy(FP8_CODES).view(torch.float8_e4m3fn).float().numpy()
+_FP4_RMS = _rms(np.array(FP4_VALUES)) * _rms(np.exp2(FP4_EXPONENTS))
+_FP8_RMS = _rms(_FP8_VALUES) * _rms(np.exp2(FP8_EXPONENTS))
 
 
 def tensor_bytes(tensor: StoredTensor, seed: int, experts: int) -> Iterator[memoryview]:
@@ -92,7 +92,7 @@ def tensor_bytes(tensor: StoredTensor, seed: int, experts: int) -> Iterator[memo
         for count in _pieces(math.prod(tensor.shape)):
             drawn = np.frombuffer(random.bytes(count), np.uint8)
             # Any byte is two FP4 codes, minus zeros included.
-            yield (drawn if tensor.scheme is MXFP4 else _FP8_CODES[drawn]).data
+            yield (drawn if tensor.scheme is MXFP4 else FP8_CODES[drawn]).data
     elif tensor.spec.role is Role.TID2EID:
         yield from _hash_routes(tensor, random, experts)
     else:
@@ -117,6 +117,12 @@ def distribution(spec: ParamSpec) -> tuple[float, float]:
     return 0.0, _GAIN.get(spec.role, 1.0) / math.sqrt(spec.shape[-1])
 
 
+def scale_exponents(spec: ParamSpec, is_fp4: bool) -> tuple[NDArray[np.int16], int]:
+    """256 equally likely exponents of a matrix's scales, and the one they lie around."""
+    rms, exponents = (_FP4_RMS, FP4_EXPONENTS) if is_fp4 else (_FP8_RMS, FP8_EXPONENTS)
+    return exponents, round(math.log2(distribution(spec)[1] / rms))
+
+
 def _pieces(total: int, size: int = _PIECE) -> Iterator[int]:
     for begin in range(0, total, size):
         yield min(size, total - begin)
@@ -134,12 +140,11 @@ def _float_bytes(values: NDArray[np.float32], dtype: str) -> memoryview:
 def _scales(tensor: StoredTensor, random: np.random.Generator) -> Iterator[memoryview]:
     """Powers of two around the one that gives the matrix its standard deviation."""
     is_fp4 = tensor.scheme is MXFP4
-    rms, exponents = (_FP4_RMS, _FP4_EXPONENTS) if is_fp4 else (_FP8_RMS, _FP8_EXPONENTS)
-    centre = round(math.log2(distribution(tensor.spec)[1] / rms))
+    exponents, centre = scale_exponents(tensor.spec, is_fp4)
     for count in _pieces(math.prod(tensor.shape)):
         exponent = exponents[np.frombuffer(random.bytes(count), np.uint8)] + np.int16(centre)
         if is_fp4:
-            exponent -= _FP4_OUTLIER * (np.frombuffer(random.bytes(count), np.uint8) == 0)
+            exponent -= FP4_OUTLIER * (np.frombuffer(random.bytes(count), np.uint8) == 0)
         if tensor.dtype == "F32":
             yield np.exp2(exponent.astype("<f4")).data
         else:

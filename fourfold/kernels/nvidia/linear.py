@@ -1,9 +1,12 @@
-"""Linear layers of many tokens on sm_90: the products of triton/linear.py with warp-group instructions.
+"""Linear layers on sm_90: the products of triton/linear.py with warp-group instructions.
 
-Contract: bit for bit what `triton/linear.py` computes for few tokens: products of 128 bytes of K, added
-in its order. Copies to shared memory run `STAGES` blocks ahead through the end of every chunk, which a
-compiler's own pipeline empties. Measured on one H200 in TFLOP/s at 8,192 tokens against the portable
-kernel: docs/LOG.md has what else was tried.
+Contract: bit for bit what triton/linear.py computes: products of 128 bytes of K, added in its order, for
+any number of tokens. Copies to shared memory run ahead through the end of every chunk, where a compiler's
+own pipeline empties; those of the weight start before the kernel ahead has ended.
+
+Measured on one H200 against the portable kernel, quantising included: [1024, 4096] FP8 6.4 µs at 1 token
+(7.0), 9.5 at 128 (12.3); [4096, 8192] FP8 13.9 µs at 1 token (17.1), 40 at 256 (57), 692 TFLOP/s at 8,192
+tokens (about 350); BF16 420 to 475 TFLOP/s; the output head 4.36 TB/s at 1 token.
 """
 
 from __future__ import annotations

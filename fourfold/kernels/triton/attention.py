@@ -101,8 +101,12 @@ def _spans(p, rows, WINDOW: tl.constexpr, ROWS: tl.constexpr):
 def _window_rows(
     own, ring, token, t, span, T, WINDOW: tl.constexpr, ROWS: tl.constexpr, RING: tl.constexpr,
     DATA: tl.constexpr, SCALE: tl.constexpr, RING_PAGE: tl.constexpr, DENSE: tl.constexpr,
+    TWICE: tl.constexpr,
 ):  # fmt: skip
-    """Data and scale pointers `[ROWS]` of a span of window rows, and which of them exist."""
+    """Data and scale pointers `[ROWS]` of a span of window rows, and which of them exist.
+
+    With TWICE they are those of own rows; the ring's pointers follow, and which rows are own ones.
+    """
     p, sequence, before, state, _ = token
     i = span * ROWS + tl.arange(0, ROWS)
     oldest = p - WINDOW + 1  # position of window row 0
@@ -111,7 +115,7 @@ def _window_rows(
         exists &= i < WINDOW
     if DENSE:
         data = own + (t + sequence * (WINDOW - 1) + i) * DATA
-        scale = data
+        return data, data, exists, data, data, exists
     else:
         mine = i >= before - oldest
         row = tl.where(mine, (t + i) - (WINDOW - 1), 0)
@@ -119,11 +123,11 @@ def _window_rows(
         offset = (tl.maximum(oldest, -WINDOW) + RING) % RING + i
         offset = tl.where(mine, 0, tl.where(offset >= RING, offset - RING, offset))
         home = ring + tl.maximum(state, 0) * RING_PAGE
-        data = tl.where(mine, own + row * DATA, home + offset * DATA)
-        scale = tl.where(
-            mine, own + T.to(tl.int64) * DATA + row * SCALE, home + RING * DATA + offset * SCALE
-        )
-    return data, scale, exists
+        data, scale = own + row * DATA, own + T.to(tl.int64) * DATA + row * SCALE
+        there, power = home + offset * DATA, home + RING * DATA + offset * SCALE
+        if not TWICE:
+            data, scale = tl.where(mine, data, there), tl.where(mine, scale, power)
+        return data, scale, exists, there, power, mine
 
 
 @triton.jit
@@ -149,44 +153,63 @@ def _compressed_rows(
         base = pages + tl.maximum(page, 0) * PAGE
         offset = (j % RPP).to(tl.int32)
         data, scale = base + offset * DATA, base + RPP * DATA + offset * SCALE
-    return data, scale, exists
+    return data, scale, exists, data, scale, exists
+
+
+@triton.jit
+def _fetch(first, ring, mine, present, TWICE: tl.constexpr):
+    """What is at `first`, or with TWICE at `ring` where not `mine`; 0 where not `present`.
+
+    Pointers into two tensors may be chosen between only where the compiler can follow that (AMD's
+    cannot), hence two loads.
+    """
+    value = tl.load(first, mask=present & mine if TWICE else present, other=0)
+    if TWICE:
+        value = tl.where(mine, value, tl.load(ring, mask=present & ~mine, other=0))
+    return value
 
 
 @triton.jit
 def _chunk(
-    data, scale, exists, c: tl.constexpr, D: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
-    FP8: tl.constexpr, WIDE: tl.constexpr, CAST: tl.constexpr, DC: tl.constexpr,
+    rows, c: tl.constexpr, D: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
+    FP8: tl.constexpr, WIDE: tl.constexpr, CAST: tl.constexpr, TWICE: tl.constexpr,
+    DC: tl.constexpr,
 ):  # fmt: skip
     """Dims c·DC … of a span's rows `[ROWS, DC]`: zero where there is no row or no such dim."""
+    data, scale, exists, ring, ring_scale, mine = rows
     dim = c * DC + tl.arange(0, DC)
-    here = exists[:, None]
+    here, own = exists[:, None], mine[:, None]
+    place, ring_place = data[:, None] + dim[None, :], ring[:, None] + dim[None, :]
     if not FP8:
         if (c + 1) * DC > D:
             here &= (dim < D)[None, :]
-        value = tl.load(data[:, None] + dim[None, :], mask=here, other=0.0)
+        value = _fetch(place, ring_place, own, here, TWICE)
         value = value.to(tl.float32) if WIDE else value.to(tl.bfloat16)
     else:
         value = tl.zeros((data.shape[0], DC), tl.float32)
         if c * DC < N:
             if (c + 1) * DC > N:
                 here &= (dim < N)[None, :]
-            value = _decode_fp8(tl.load(data[:, None] + dim[None, :], mask=here, other=0), CAST)
+            value = _decode_fp8(_fetch(place, ring_place, own, here, TWICE), CAST)
             power = tl.zeros((data.shape[0], DC), tl.float32)
             for g in tl.static_range((DC + GROUP - 1) // GROUP):
-                inside = exists & (c * DC + g * GROUP < N)
-                raw = tl.load(scale + (c * DC // GROUP + g), mask=inside, other=0)
+                group = c * DC // GROUP + g
+                inside = exists & (group * GROUP < N)
+                raw = _fetch(scale + group, ring_scale + group, mine, inside, TWICE)
                 if DC <= GROUP:
                     power += _decode_e8m0(raw)[:, None]
                 else:
-                    member = (dim // GROUP == c * DC // GROUP + g)[None, :]
+                    member = (dim // GROUP == group)[None, :]
                     power = tl.where(member, _decode_e8m0(raw)[:, None], power)
             value *= power
         if (c + 1) * DC > N:
-            rotary = (data + N).to(tl.pointer_type(tl.uint16))
             there = exists[:, None]
             if c * DC < N or (c + 1) * DC > D:
                 there &= ((dim >= N) & (dim < D))[None, :]
-            raw = tl.load(rotary[:, None] + (dim - N)[None, :], mask=there, other=0)
+            words = tl.pointer_type(tl.uint16)
+            place = (data + N).to(words)[:, None] + (dim - N)[None, :]
+            ring_place = (ring + N).to(words)[:, None] + (dim - N)[None, :]
+            raw = _fetch(place, ring_place, own, there, TWICE)
             bits = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
             value = tl.where((dim < N)[None, :], value, bits) if c * DC < N else bits
         if not WIDE:
@@ -218,18 +241,19 @@ def _begin(sink, h, H):
 
 @triton.jit
 def _span(
-    queries, data, scale, exists, FACTOR, D: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
-    FP8: tl.constexpr, WIDE: tl.constexpr, CAST: tl.constexpr, HT: tl.constexpr,
-    ROWS: tl.constexpr, DC: tl.constexpr, CHUNKS: tl.constexpr,
+    queries, source, FACTOR, D: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
+    FP8: tl.constexpr, WIDE: tl.constexpr, CAST: tl.constexpr,
+    TWICE: tl.constexpr, HT: tl.constexpr, ROWS: tl.constexpr, DC: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One span: its maximum and sum `[HT]`, and O_s as CHUNKS tiles `[HT, DC]`."""
     chunks = ()
     scores = tl.zeros((HT, ROWS), tl.float32)
     for c in tl.static_range(CHUNKS):
-        rows = _chunk(data, scale, exists, c, D, N, GROUP, FP8, WIDE, CAST, DC)
+        rows = _chunk(source, c, D, N, GROUP, FP8, WIDE, CAST, TWICE, DC)
         scores = tl.dot(queries[c], tl.trans(rows), scores, input_precision="ieee")
         chunks += (rows,)  # type: ignore[assignment]
-    scores = tl.where(exists[None, :], scores * FACTOR, float("-inf"))
+    scores = tl.where(source[2][None, :], scores * FACTOR, float("-inf"))
     m_s = tl.maximum(tl.ceil(tl.max(scores, 1)), -1.0e30)
     weight = tl.exp2(scores - m_s[:, None])
     l_s = tl.sum(weight, 1)
@@ -271,8 +295,8 @@ def _attend(
     WIDE: tl.constexpr, CAST: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, GROUP: tl.constexpr, RING: tl.constexpr, RPP: tl.constexpr,
     DATA: tl.constexpr, SCALE: tl.constexpr, RING_PAGE: tl.constexpr, PAGE: tl.constexpr,
-    DENSE: tl.constexpr, HT: tl.constexpr, ROWS: tl.constexpr, DC: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    DENSE: tl.constexpr, TWICE: tl.constexpr, HT: tl.constexpr, ROWS: tl.constexpr,
+    DC: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """HT heads of one token over all its spans; with SPLIT over every n-th, unmerged.
 
@@ -299,25 +323,25 @@ def _attend(
         acc += (tl.zeros((HT, DC), tl.float32),)  # type: ignore[assignment]
     m, total = _begin(sink, h, H)
     for span in range(begin, windows, step):
-        data, scale, exists = _window_rows(
-            own, ring, token, t, span, T, WINDOW, ROWS, RING, DATA, SCALE, RING_PAGE, DENSE
+        source = _window_rows(
+            own, ring, token, t, span, T, WINDOW, ROWS, RING, DATA, SCALE, RING_PAGE, DENSE, TWICE
         )
         one = _span(
-            queries, data, scale, exists, FACTOR, D, N, GROUP, FP8, WIDE, CAST, HT, ROWS, DC, CHUNKS
-        )
+            queries, source, FACTOR, D, N, GROUP, FP8, WIDE, CAST, TWICE and not DENSE, HT, ROWS,
+            DC, CHUNKS,
+        )  # fmt: skip
         if SPLIT:
             _store_span(out, sums, one, t * PARTS + span, h, H, D, DC, CHUNKS)
         else:
             m, total, acc = _add((m, total, acc), one, CHUNKS)
     if RATIO > 0:
         for span in range(compressed, end, step):
-            data, scale, exists = _compressed_rows(
+            source = _compressed_rows(
                 pages, listed, block_table, token, t, span - windows, K, BLOCKS, STRIDE, LISTED,
                 ROWS, RPP, DATA, SCALE, PAGE, DENSE,
             )  # fmt: skip
             one = _span(
-                queries, data, scale, exists, FACTOR, D, N, GROUP, FP8, WIDE, CAST, HT, ROWS, DC,
-                CHUNKS,
+                queries, source, FACTOR, D, N, GROUP, FP8, WIDE, CAST, False, HT, ROWS, DC, CHUNKS,
             )  # fmt: skip
             if SPLIT:
                 _store_span(out, sums, one, t * PARTS + span, h, H, D, DC, CHUNKS)
@@ -406,7 +430,8 @@ def _unpack(
         data, scale = base + offset * DATA, base + page_rows * DATA + offset * SCALE
         for c in tl.static_range(CHUNKS):
             dim = c * DC + tl.arange(0, DC)
-            rows = _chunk(data, scale, exists, c, D, N, GROUP, True, False, CAST, DC)
+            source_rows = data, scale, exists, data, scale, exists
+            rows = _chunk(source_rows, c, D, N, GROUP, True, False, CAST, False, DC)
             target = out + place[:, None] * D + dim[None, :]
             tl.store(target, rows, mask=exists[:, None] & (dim < D)[None, :])
 
@@ -415,7 +440,7 @@ def _unpack(
 class Shape:
     """How a program is cut: most heads, rows of a span, dims of a chunk, warps, pipeline stages.
 
-    `cast`: the device converts OCP codes itself.
+    `cast`: the device converts OCP codes itself. `twice`: own rows and the ring's are loaded apart.
     """
 
     heads: int
@@ -424,12 +449,13 @@ class Shape:
     warps: int
     stages: int
     cast: bool = False
+    twice: bool = True
 
 
 # Shared memory at d = 512: up to 73,728 B (NVIDIA) or 8,192 B (AMD), no spills on AMD.
 COMPACT = Shape(heads=32, rows=32, chunk=128, warps=4, stages=1)
 # A warp group multiplies 64 rows at once: all heads of one token, rows decoded once.
-WARP_GROUPS = Shape(heads=64, rows=64, chunk=64, warps=8, stages=3, cast=True)
+WARP_GROUPS = Shape(heads=64, rows=64, chunk=64, warps=8, stages=3, cast=True, twice=False)
 FLOAT32 = Shape(heads=16, rows=16, chunk=128, warps=4, stages=1)
 PLAIN_CHUNK = 128  # dims of a chunk where rows need no decoding
 UNPACK_ROWS = 32
@@ -569,7 +595,7 @@ def sparse_attention(
     _attend[(tokens, -(-heads // tile), programs)](
         q, sink, *sources, lists, *pointers, batch.block_table, target, sums, own.rows_per_page,
         *sizes, batch.block_table.stride(0), parts, dim**-0.5 * LOG2_E, WINDOW=window, WIDE=wide,
-        CAST=shape.cast, SPLIT=split, DENSE=dense, HT=tile, ROWS=shape.rows, DC=chunk,
+        CAST=shape.cast, TWICE=shape.twice, SPLIT=split, DENSE=dense, HT=tile, ROWS=shape.rows, DC=chunk,
         CHUNKS=-(-dim // chunk), **geometry, num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     if split:

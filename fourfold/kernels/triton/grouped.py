@@ -28,7 +28,7 @@ from fourfold.kernels.triton.linear import as_fp8, linear, quantize_activations
 from fourfold.kernels.triton.rope import run_rotate
 from fourfold.ops.registry import Kernel
 
-PROGRAMS = 264  # chunks × tiles of 128 rows wanted for one pass over the weight
+PROGRAMS = 132  # chunks × tiles of 128 rows wanted for one pass over the weight
 FEW_TOKENS = 128  # up to here every chunk has programs of its own and FP8 weights stay FP8
 BLOCK = 128  # rows and inputs of an FP8 weight that share a scale
 PLAIN, DECODED, FP8 = (tl.constexpr(n) for n in range(3))  # what the weight is to the product

@@ -43,17 +43,18 @@ def to_fp8(values, FNUZ: tl.constexpr):
 
     e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e, from the bits of amax.
     """
-    amax = tl.maximum(tl.max(tl.where(values == values, tl.abs(values), 0.0), 1), 1e-4)
+    clean = tl.where(values == values, values, 0.0)
+    amax = tl.maximum(tl.max(tl.abs(clean), 1), 1e-4)
     bits = tl.minimum(amax, 3.0e38).to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(values * inverse[:, None], -448.0), 448.0)
-    scaled = tl.where(values == values, scaled, 0.0)
+    scaled = tl.minimum(tl.maximum(clean * inverse[:, None], -448.0), 448.0)
+    # What rounds to zero has no sign: half of the smallest code is a tie, and zero is even.
+    scaled = tl.where(tl.abs(scaled) <= 0.0009765625, 0.0, scaled)
     if FNUZ:
         raw = (scaled * 0.5).to(tl.float8e4b8).to(tl.uint8, bitcast=True)
     else:
         raw = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    raw = tl.where(raw == 0x80, 0, raw).to(tl.uint8)
     return raw, ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 

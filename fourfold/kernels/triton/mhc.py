@@ -30,22 +30,27 @@ from fourfold.ops.registry import Kernel
 
 TOKENS = 16  # tokens a program of `_streams`
 DIMS = 64  # dims of each stream a chunk
-FEW_TOKENS = 64  # up to here every stream has programs of its own
+FEW_TOKENS = 16  # up to here every stream has programs of its own
 MANY_TOKENS = 1024  # from here on a program takes TILES times TOKENS, to read fn less often
 TILES = 4
 MIXERS = 4  # tokens a Sinkhorn program
+WARPS = (4, 4)  # of `_streams` and `_finish`
 # Sums must round alike in every variant of a kernel: nothing is contracted but explicit tl.fma.
 EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def _parts(a, WIDE: tl.constexpr):
-    """float32 `a` as bfloat16 numbers that add up to it, the smallest first; itself if WIDE."""
+    """float32 `a` as bfloat16 numbers that add up to it, the smallest first; as two float32 if WIDE.
+
+    Never as one: the compiler turns the sum of something and a single product into one product that
+    starts from that something, and rounds otherwise.
+    """
+    high = a.to(tl.bfloat16)
+    rest = a - high.to(tl.float32)
     if WIDE:
-        parts = (a,)
+        parts = (rest, high.to(tl.float32))
     else:
-        high = a.to(tl.bfloat16)
-        rest = a - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         parts = ((rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high)
     return parts
@@ -117,7 +122,8 @@ def _streams(
             tl.debug_barrier()
         if MIX:
             products = tl.zeros((WIDTH, TT), dtype=tl.float32)
-            squares = tl.zeros((TT, TT), dtype=tl.float32)
+            squares = tl.zeros((TT,), dtype=tl.float32)
+            own = tl.arange(0, TT)[:, None] == tl.arange(0, TT)[None, :]
             for n in tl.static_range(COUNT):
                 x_n = tl.load(out + place + (first + n) * D, mask=inside, other=0.0)
                 product = tl.zeros((WIDTH, TT), dtype=tl.float32)
@@ -125,14 +131,14 @@ def _streams(
                     product = tl.dot(a[n][part], x_n, product, input_precision="ieee")
                 square = tl.zeros((TT, TT), dtype=tl.float32)
                 square = tl.dot(tl.trans(x_n), x_n, square, input_precision="ieee")
+                # All but one addend of each column are zero: exact in any order.
+                square = tl.sum(tl.where(own, square, 0.0), axis=0)
                 products = product if n == 0 else products + product
                 squares = square if n == 0 else squares + square
             sums = parts + (tl.program_id(0).to(tl.int64) * T + tokens) * WIDTH
             kept = (row < ROWS)[:, None] & live[None, :]
             tl.store(sums[None, :] + row[:, None], products, mask=kept)
-            own = tl.arange(0, TT)[:, None] == tl.arange(0, TT)[None, :]
-            # All but one addend of each column are zero: exact in any order.
-            tl.store(sums + ROWS, tl.sum(tl.where(own, squares, 0.0), axis=0), mask=live)
+            tl.store(sums + ROWS, squares, mask=live)
 
 
 @triton.jit
@@ -332,11 +338,14 @@ def _run_streams(
     out = torch.empty_like(streams) if post_step else streams
     z, post, comb = (each.contiguous() for each in post_step or (streams, parts, parts))
     if tokens:
-        tiles = TILES if tokens >= MANY_TOKENS else 1
+        many = (
+            tokens >= MANY_TOKENS and streams.dtype == torch.bfloat16
+        )  # fn in float32 is too large
+        tiles = TILES if many else 1
         _streams[(chunks * per, -(-tokens // (TOKENS * tiles)))](
             z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
             POST=post_step is not None, MIX=fn is not None, APART=apart, S=count, ROWS=rows,
-            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=4, num_stages=1, **EXACT,
+            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=WARPS[0], num_stages=1, **EXACT,
         )  # fmt: skip
     return out, parts
 
@@ -362,7 +371,7 @@ def _run_finish(
             CHUNKS=triton.next_power_of_2(parts.shape[0]), PER=parts.shape[1], S=count, ROWS=rows,
             WIDTH=parts.shape[3],
             BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations, BD=DIMS,
-            num_warps=4, **EXACT,
+            num_warps=WARPS[1], **EXACT,
         )  # fmt: skip
     return y, post, comb
 

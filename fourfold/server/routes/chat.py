@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourfold.core.errors import FourfoldError
-from fourfold.core.request import FinishReason
+from fourfold.core.request import FinishReason, Grammar
 from fourfold.server import sse
 from fourfold.server.call import Call
 from fourfold.server.errors import bad_request, engine_fault, from_failure, unsupported
@@ -34,6 +34,7 @@ from fourfold.text.events import (
     ToolCallStart,
     collect,
 )
+from fourfold.text.grammar import read_response_format, read_structured_outputs
 from fourfold.text.parse import TokenParser
 from fourfold.text.prompt import EncodedPrompt, PromptTokens
 
@@ -49,6 +50,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     thinking: bool | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -67,6 +69,7 @@ class Chat:
     model: str
     prompt: EncodedPrompt
     tokens: PromptTokens
+    grammar: Grammar | None = None
 
     @property
     def top_logprobs(self) -> int | None:
@@ -101,16 +104,30 @@ async def read_chat(call: Call, request: ChatRequest) -> Chat:
         return prompt, prompt.tokenize(serving.tokenizer)
 
     prompt, tokens = await serving.tokenising(size, encode)
-    return Chat(request, model, prompt, tokens)
+    return Chat(request, model, prompt, tokens, await _read_grammar(call, request, prompt))
+
+
+async def _read_grammar(call: Call, request: ChatRequest, prompt: EncodedPrompt) -> Grammar | None:
+    """What the answer must look like, armed only after its reasoning."""
+    after = None
+    if prompt.ends_in_reasoning:
+        after = call.serving.tokenizer.special_id(markers.END_THINK)
+    grammar = read_response_format(request.response_format, after)
+    other = read_structured_outputs(request.structured_outputs, after)
+    if grammar is not None and other is not None:
+        raise bad_request("response_format and structured_outputs are the same: give one")
+    grammar = grammar or other
+    if grammar is not None and prompt.parse_tools:
+        raise unsupported("structured_outputs", "together with tools is not supported")
+    name = "response_format.type" if other is None else "structured_outputs"
+    await call.serving.expect_grammar(grammar, name)
+    return grammar
 
 
 def _expect_supported(request: ChatRequest) -> None:
     expect_labels(request)
     if request.store:
         raise unsupported("store", "is not supported: nothing is stored")
-    kind = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise unsupported("response_format.type", "other than text is not supported yet")
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -180,6 +197,7 @@ def chat_job(call: Call, chat: Chat) -> Job:
         forced,
         end_think,
         single_call=request.parallel_tool_calls is False,
+        grammar=chat.grammar,
     )
 
 

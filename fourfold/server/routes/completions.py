@@ -27,6 +27,7 @@ from fourfold.server.serving import Serving
 from fourfold.server.settings import MAX_PROMPTS
 from fourfold.text.answer import Answer
 from fourfold.text.events import ContentDelta, Finish
+from fourfold.text.grammar import read_structured_outputs
 from fourfold.text.plain import PlainParser
 from fourfold.text.prompt import encode_fim
 
@@ -40,6 +41,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
     logprobs: int | None = None
     best_of: int | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def completion_jobs(call: Call, request: CompletionRequest, prompts: Sequence[Pr
     """How to run them. Raises 400."""
     serving = call.serving
     echo = bool(request.echo)
+    grammar = read_structured_outputs(request.structured_outputs, None)
     # Scoring a prompt asks for no answer; the engine gives at least one token, which is left out.
     scored = echo and request.max_tokens == 0
     limit = 1 if scored else request.max_tokens
@@ -125,7 +128,14 @@ def completion_jobs(call: Call, request: CompletionRequest, prompts: Sequence[Pr
         )
 
     return [
-        Job(prompt.token_ids, params, parser, f"{call.request_id}-{i}", request.cache_salt)
+        Job(
+            prompt.token_ids,
+            params,
+            parser,
+            f"{call.request_id}-{i}",
+            request.cache_salt,
+            grammar=grammar,
+        )
         for i, prompt in enumerate(prompts)
     ]
 
@@ -153,6 +163,7 @@ async def completions(call: Call) -> None:
     with call.serving.expect_ready().ticket(count) as ticket:
         prompts = await read_prompts(call, request)
         jobs = completion_jobs(call, request, prompts)
+        await call.serving.expect_grammar(jobs[0].grammar, "structured_outputs")
         ticket.wait_with(sum(len(job.prompt) for job in jobs))
         reply = _Reply(call, request, model, prompts, jobs, ticket)
         try:

@@ -73,9 +73,6 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
             raise unsupported("include", f"of {name[:80]} is not supported")
     if (request.stream_options or {}).keys() - {"include_obfuscation"}:
         raise unsupported("stream_options", "other than include_obfuscation is not supported")
-    kind = (request.text or {}).get("format") or {"type": "text"}
-    if not isinstance(kind, dict) or kind.get("type") != "text":
-        raise unsupported("text.format.type", "other than text is not supported yet")
     turns: list[dict[str, Any]] = []
     if request.instructions:
         turns.append({"role": "system", "content": request.instructions})
@@ -87,6 +84,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         tool_choice=_choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
         reasoning_effort=_effort(request.reasoning),
+        response_format=_format(request.text),
         max_tokens=request.max_output_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
@@ -101,6 +99,20 @@ def _effort(value: dict[str, Any] | None) -> str | None:
     if effort is not None and not isinstance(effort, str):
         raise bad_request("reasoning.effort must be a text", "reasoning.effort")
     return effort
+
+
+def _format(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`text.format` in the shape of chat's `response_format`."""
+    for name in value or {}:
+        if name not in ("format", "verbosity"):
+            raise unsupported(f"text.{name[:80]}")
+    if (value or {}).get("verbosity") not in (None, "medium"):
+        raise unsupported("text.verbosity", "other than medium is not supported")
+    given = (value or {}).get("format")
+    if given is None:
+        return None
+    kind = checked_object(given, "text.format").get("type")
+    return {"type": kind, "json_schema": given} if kind == "json_schema" else {"type": kind}
 
 
 def _tools(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -230,7 +242,7 @@ class _Reply:
             "tool_choice": request.tool_choice or "auto",
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "reasoning": {"effort": chat.request.reasoning_effort, "summary": None},
-            "text": {"format": {"type": "text"}},
+            "text": request.text or {"format": {"type": "text"}},
             "truncation": "disabled",
             "store": False,
             "previous_response_id": None,

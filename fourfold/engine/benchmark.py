@@ -1,0 +1,307 @@
+"""Measure decode steps and prefill of a model of random weights, through the engine.
+
+    geometry ─► random model ─► Engine ─┬─ 66-token run − 2-token run ─► ms a step
+                                        ├─ steps in which all decode ──► ms a step, trace
+                                        └─ prompts alone ──────────────► tokens a second
+
+Contract: requests go in and tokens come out as always: scheduling, sampling and copying answers are in
+every figure. Prompts are random tokens, greedy, to their full length, without prefix caching. A
+document (JSON) carries what was asked, the device and its measured ceilings, the kernel plan and the
+results. It prints nothing and knows no files; a callback hears of every result.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from fourfold import kernels
+from fourfold.core.config import CacheConfig, EngineConfig, ModelConfig
+from fourfold.core.device import detect
+from fourfold.core.errors import ConfigError
+from fourfold.core.request import Request, SamplingParams
+from fourfold.core.tensor import dtype_name
+from fourfold.engine.capacity import engine_row_formats
+from fourfold.engine.engine import Engine
+from fourfold.engine.loading import LoadedModel, random_model
+from fourfold.engine.profile import OpClock, Profile, kernel_families, trace_steps
+from fourfold.engine.roofline import (
+    Ceilings,
+    Cost,
+    Work,
+    measure,
+    step_costs,
+    stored_bytes,
+    synchronize,
+)
+from fourfold.core.parameters import parameters
+from fourfold.weights.geometry import config_json, with_storage
+from fourfold.weights.layout import FORMATS, WeightFormat
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+LONG, SHORT = 66, 2  # output tokens of the two runs whose difference is taken
+WARM_STEPS, TIMED_STEPS, TRACED_STEPS = 4, 16, 6
+_SPARE = WARM_STEPS + TIMED_STEPS + TRACED_STEPS + 8
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to measure on.
+
+    `layers` keeps a geometry's first layers (None: all), `weights` names a `WeightFormat` (None: as
+    released). A step runs at most `step_tokens` tokens. `drafts` tokens are drafted a step.
+    """
+
+    geometry: str = "flash"
+    layers: int | None = 8
+    weights: str | None = None
+    device: str = "auto"
+    drafts: int = 0
+    enforce_eager: bool = False
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    step_tokens: int = 8192
+    kv_cache_dtype: str = "auto"
+    memory: float = 0.9
+    seed: int = 0
+
+    @property
+    def format(self) -> WeightFormat:
+        """How the weights are stored. Raises `ConfigError`."""
+        name = self.weights or ("fp8" if self.geometry == "flash-base" else "native")
+        if name not in FORMATS:
+            raise ConfigError(f"--weights must be one of {', '.join(FORMATS)}, found {name!r}")
+        return FORMATS[name]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's configuration. Raises `ConfigError`."""
+        stored = self.format
+        data = config_json(self.geometry, self.layers)
+        data = with_storage(data, stored.torch_dtype, stored.expert_dtype, stored.quantised)
+        return ModelConfig.from_dict(data, "config.json").config
+
+    def engine(self, sequences: int, longest: int) -> EngineConfig:
+        """An engine for so many sequences of so many tokens."""
+        return EngineConfig(
+            model=self.geometry,
+            max_model_len=longest,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=self.step_tokens,
+            gpu_memory_utilization=self.memory,
+            enforce_eager=self.enforce_eager,
+            num_speculative_tokens=self.drafts,
+            kernels=self.kernels,
+            seed=self.seed,
+            cache=CacheConfig(kv_cache_dtype=self.kv_cache_dtype, enable_prefix_caching=False),
+        )
+
+
+class Bench:
+    """An engine over a random model, its device's ceilings, and what is known of both."""
+
+    def __init__(self, setting: Setting, sequences: int, longest: int):
+        self.setting, self.config = setting, setting.engine(sequences, longest)
+        model, device = setting.model, detect(setting.device)
+        self.device = device.torch_device
+        is_cpu = self.device.type == "cpu"
+        self.clock = OpClock() if is_cpu else None
+        # Before the weights are there: it needs memory of its own for a moment.
+        self.ceilings: Ceilings = measure(device)
+        if not is_cpu:
+            torch.cuda.empty_cache()
+        begin = time.perf_counter()
+        watch = self.clock.watch if self.clock else None
+        self.loaded: LoadedModel = random_model(model, setting.format, self.config, device, watch)
+        synchronize(self.device)
+        made = time.perf_counter()
+        self.engine = Engine(self.loaded, self.config)
+        synchronize(self.device)
+        ready = time.perf_counter()
+        self.seconds = {"weights": made - begin, "engine": ready - made}
+        self.formats = engine_row_formats(self.config, model, dtype_name(self.loaded.dtype))
+        # A watched op looks like a function of this project to nobody: families need the originals.
+        self.families = {} if is_cpu else kernel_families(kernels.load(device))
+        self._random = random.Random(setting.seed)
+        self._requests = 0
+
+    def about(self) -> dict[str, Any]:
+        """What every document begins with."""
+        loaded, model = self.loaded, self.loaded.config
+        size = 4 if model.torch_dtype == "float32" else 2
+        stored = sum(stored_bytes(s, self.setting.format, size) for s in parameters(model))
+        return {
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "setting": {**asdict(self.setting), "kernels": dict(self.setting.kernels)},
+            "compress_ratios": list(model.compress_ratios),
+            "device": loaded.device.name,
+            "arch": loaded.device.arch.name,
+            "versions": {"torch": torch.__version__, "triton": _version("triton")},
+            "dtype": dtype_name(loaded.dtype),
+            "rows": {"main": asdict(self.formats.main)["kind"].value,
+                     "indexer": asdict(self.formats.indexer)["kind"].value},
+            "weight_bytes": loaded.weight_bytes,
+            "checkpoint_bytes": stored,
+            "start_seconds": self.seconds,
+            "engine_notes": list(self.engine.notes),
+            "ceilings": asdict(self.ceilings),
+            "plan": [asdict(choice) for choice in loaded.kernel_plan.choices],
+        }
+
+    def prompts(self, count: int, tokens: int) -> list[tuple[int, ...]]:
+        """Random prompts."""
+        vocabulary = self.loaded.config.vocab_size
+        return [
+            tuple(self._random.randrange(2, vocabulary) for _ in range(tokens))
+            for _ in range(count)
+        ]
+
+    def add(self, prompts: list[tuple[int, ...]], outputs: int) -> list[str]:
+        """Queue greedy requests for exactly `outputs` tokens each; their ids."""
+        names = []
+        params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
+        for prompt in prompts:
+            self._requests += 1
+            names.append(str(self._requests))
+            self.engine.add(Request(names[-1], prompt, params))
+        return names
+
+    def run(self, prompts: list[tuple[int, ...]], outputs: int) -> tuple[float, int, int]:
+        """Seconds, steps and new tokens from the first step until all have `outputs` tokens."""
+        self.add(prompts, outputs)
+        synchronize(self.device)
+        steps, begin, new = self.engine.stats.num_steps, time.perf_counter(), 0
+        for output in self.engine.run():
+            if output.error:
+                raise ConfigError(f"the model of random weights failed: {output.error}")
+            new += len(output.new_token_ids)
+        synchronize(self.device)
+        return time.perf_counter() - begin, self.engine.stats.num_steps - steps, new
+
+    def profile(self, run: Callable[[], object], steps: int) -> Profile:
+        """Where the time of `run()` goes, which runs `steps` steps."""
+        if self.clock:
+            return self.clock.profile(run, steps)
+        return trace_steps(run, steps, self.families)
+
+
+def decode(
+    setting: Setting, batches: tuple[int, ...], context: int, repeats: int = 2, tell: Tell = dict
+) -> dict[str, Any]:
+    """Decode steps of each of `batches` sequences after prompts of `context` tokens.
+
+    `tell` hears the document as it stands after each batch. Raises `FourfoldError`s.
+    """
+    most = max(_outputs(setting, batch, context) for batch in batches)
+    bench = Bench(setting, max(batches), context + most)
+    document: dict[str, Any] = {"benchmark": "decode", **bench.about(), "context": context}
+    results: list[dict[str, Any]] = []
+    for batch in batches:
+        results.append(_decode_batch(bench, batch, context, repeats))
+        tell({**document, "results": results})
+    return {**document, "results": results}
+
+
+def _outputs(setting: Setting, batch: int, context: int) -> int:
+    """Tokens that a request may have to bring while all others start and steps are measured."""
+    width = 1 + setting.drafts
+    left = setting.step_tokens - batch * width
+    if left < 1:
+        raise ConfigError(f"{batch} sequences leave no room for prompts in {setting.step_tokens}")
+    starting = -(-batch * context // left) + 8
+    return max(LONG, (starting + _SPARE) * width)
+
+
+def _decode_batch(bench: Bench, batch: int, context: int, repeats: int) -> dict[str, Any]:
+    setting, width = bench.setting, 1 + bench.setting.drafts
+    prompts = bench.prompts(batch, context)
+    steady, profile = _steady(bench, prompts, _outputs(setting, batch, context))
+    pairs = [(bench.run(prompts, LONG), bench.run(prompts, SHORT)) for _ in range(repeats)]
+    found = [
+        ((long[0] - short[0]) / max(long[1] - short[1], 1), (long[2] - short[2]), long[0] - short[0])
+        for long, short in pairs
+    ]
+    seconds = statistics.median(each[0] for each in found)
+    speed = statistics.median(new / took for _, new, took in found)
+    work = Work(((context + LONG // 2, width),) * batch, batch * width, setting.drafts)
+    costs = step_costs(bench.loaded.config, setting.format, bench.formats, work)
+    return {
+        "batch": batch,
+        "ms_per_step": seconds * 1e3,
+        "tokens_per_s": speed,
+        "ms_per_step_of_each_repeat": [each[0] * 1e3 for each in found],
+        "steady_ms_per_step": statistics.median(steady) * 1e3,
+        "steady_ms_of_each_step": [took * 1e3 for took in steady],
+        **_against_floor(bench.ceilings, costs, seconds),
+        "profile": profile.as_dict(),
+    }
+
+
+def _steady(
+    bench: Bench, prompts: list[tuple[int, ...]], outputs: int
+) -> tuple[list[float], Profile]:
+    """Seconds of each of some steps in which all decode, and where the time of some more goes."""
+    engine = bench.engine
+    names = bench.add(prompts, outputs)
+    scheduler = engine.scheduler
+    while scheduler.num_waiting or not all(s.is_decoding for s in scheduler.running):
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    times = []
+    synchronize(bench.device)
+    for _ in range(TIMED_STEPS):
+        begin = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - begin)
+
+    def some() -> None:
+        for _ in range(TRACED_STEPS):
+            engine.step()
+
+    profile = bench.profile(some, TRACED_STEPS)
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    return times, profile
+
+
+def prefill(setting: Setting, context: int, prompts: int, repeats: int = 2) -> dict[str, Any]:
+    """Tokens a second over `prompts` prompts of `context` tokens. Raises `FourfoldError`s."""
+    sequences = max(1, min(prompts, setting.step_tokens // context + 1))
+    bench = Bench(setting, sequences, context + 2)
+    made = bench.prompts(prompts, context)
+    few = made[: max(1, setting.step_tokens // context)]
+    bench.run(few, 1)  # compiles
+    if bench.device.type != "cpu":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        before = torch.cuda.memory_allocated(bench.device)
+    runs = [bench.run(made, 1) for _ in range(repeats)]
+    seconds = statistics.median(took for took, _, _ in runs)
+    workspace = None
+    if bench.device.type != "cpu":
+        workspace = torch.cuda.max_memory_allocated(bench.device) - before
+    profile = _profile_prefill(bench, few)
+    work = Work(((0, context),) * prompts, prompts, 0)
+    steps = runs[0][1]
+    result = {
+        "prompts": prompts,
+        "tokens_per_s": prompts * context / seconds,
+        "ms_per_step": seconds / steps * 1e3,
+        "steps": steps,
+        "seconds_of_each_repeat": [took for took, _, _ in runs],
+        "workspace_bytes": workspace,
+        **_against_floor(bench.ceilings, _prefill_costs(bench, work, context), seconds),
+        "profile": profile.as_dict(),
+    }
+    return {"benchmark": "prefill", **bench.about(), "context": context, "results": [result]}
