@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fourfold.core.errors import FourfoldError
-    from fourfold.core.request import SamplingParams
+    from fourfold.core.request import SamplingParams, StructuredOutputsParams
     from fourfold.llm import LLM, AsyncLLM, CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "FourfoldError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 
@@ -29,10 +30,10 @@ def __getattr__(name: str) -> object:
         from fourfold.core.errors import FourfoldError
 
         return FourfoldError
-    if name == "SamplingParams":
-        from fourfold.core.request import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputsParams"):
+        from fourfold.core import request
 
-        return SamplingParams
+        return getattr(request, name)
     if name in __all__:
         from fourfold import llm
 

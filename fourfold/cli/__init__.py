@@ -4,7 +4,7 @@ Contract: one command, one module, and one line here. Importing this loads no to
 what it needs when it runs.
 """
 
-from fourfold.cli import bench, chat, compile, generate, serve, synth
+from fourfold.cli import bench, bench_engine, chat, compile, generate, serve, synth
 from fourfold.cli.group import main
 
 for _command in (
@@ -16,5 +16,7 @@ for _command in (
     synth.synth,
 ):
     main.add_command(_command)
+for _command in (bench_engine.bench_decode, bench_engine.bench_prefill, bench_engine.bench_op):
+    bench.bench.add_command(_command)
 
 __all__ = ["main"]

@@ -18,7 +18,7 @@ from fourfold.core.errors import ConfigError
 from fourfold.core.log import LOG_FORMATS, Log
 
 if TYPE_CHECKING:
-    from fourfold.core.client import EngineInfo
+    from fourfold.server.serving import Serving
     from fourfold.server.settings import ServerSettings
 
 _ALWAYS_ON = "this model's answers are always read so"
@@ -108,6 +108,7 @@ def serve(**flags: Any) -> None:
     from fourfold.engine.client import ProcessEngineClient
     from fourfold.engine.watchdog import WatchdogLimits
     from fourfold.llm import AsyncLLM
+    from fourfold.llm.engine_process import ENGINE_PROCESS
     from fourfold.server.run import bind, run
     from fourfold.server.serving import Serving
     from fourfold.text.generation import read_generation_defaults
@@ -125,7 +126,9 @@ def serve(**flags: Any) -> None:
         location = locate(config.model)
         report = LoadReport(log.lines)
         engine = ProcessEngineClient(
-            llm.launch, replace(WatchdogLimits(), step=flags["watchdog_timeout"])
+            llm.launch,
+            replace(WatchdogLimits(), step=flags["watchdog_timeout"]),
+            entry=ENGINE_PROCESS,
         )
         serving = Serving(
             settings,
@@ -136,6 +139,7 @@ def serve(**flags: Any) -> None:
             log,
             location.name,
             on_progress=report,
+            grammars=True,
         )
         port = listener.getsockname()[1]
         log.lines(f"fourfold {__version__}: {location.name} on http://{_url(flags['host'], port)}")
@@ -144,7 +148,7 @@ def serve(**flags: Any) -> None:
             log.lines(_WARNING.format(host=flags["host"]))
 
         def ready() -> None:
-            _announce(log, settings, engine.info)
+            _announce(log, serving)
             log.lines("ready. Try:\n" + _curl(flags["host"], port, serving.names[0], settings))
 
         status = run(serving, listener, ready)
@@ -198,8 +202,8 @@ def _expect_parsers(flags: Mapping[str, Any]) -> None:
             raise ConfigError(f"{flag} must be deepseek_v4, the only one there is, found {value!r}")
 
 
-def _announce(log: Log, settings: ServerSettings, info: EngineInfo) -> None:
-    log.lines("\n".join([*info.notes, *info.capacity, *settings.bounds(info)]))
+def _announce(log: Log, serving: Serving) -> None:
+    log.lines("\n".join([*serving.info.notes, *serving.info.capacity, *serving.bounds()]))
 
 
 def _url(host: str, port: int) -> str:

@@ -42,11 +42,13 @@ class EngineClosedError(FourfoldError):
 @dataclass(frozen=True)
 class Launch:
     """What an engine is started with. `device` as on the command line; `allowed_token_ids` are the
-    ids the tokenizer can decode, no other is ever sampled (None: all of the vocabulary)."""
+    ids the tokenizer can decode, no other is ever sampled (None: all of the vocabulary). `tokenizer` is
+    the directory of the tokenizer that answers are read with (None: the model's own)."""
 
     config: EngineConfig
     device: str = "auto"
     allowed_token_ids: tuple[int, ...] | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ nor tensors. Names, defaults and meanings of sampling parameters follow vLLM's.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fourfold.core.errors import RequestError
 
@@ -42,6 +43,66 @@ def _is_int(value: object, low: int, high: float = math.inf) -> bool:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like: `source` in the language `kind` ("json_schema", "regex", …).
+
+    With `after_token` the answer is free until that token, and the grammar holds from there on.
+    """
+
+    kind: str
+    source: str
+    after_token: int | None = None
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must look like, exactly one of: a JSON schema as `json` (an object or its text),
+    any JSON object, a regular expression, one of several texts, or a `grammar` in llguidance's Lark.
+    Raises `RequestError`; whether it can be used shows later."""
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        if len(given) != 1:
+            names = ", ".join(f.name for f in fields(self))
+            raise RequestError(f"structured_outputs must hold one of {names}, found {given}")
+        (name,) = given
+        value = getattr(self, name)
+        listed = isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
+        ok = {
+            "json": isinstance(value, str | Mapping),
+            "choice": listed and not isinstance(value, str),
+            "json_object": value is True,
+        }.get(name, isinstance(value, str))
+        _expect(ok, f"structured_outputs.{name}", "of its type", type(value).__name__)
+
+    def to_grammar(self, after_token: int | None = None) -> Grammar:
+        """As requests carry it; `after_token` as there. Raises `RequestError`."""
+        if self.json is not None:
+            source = self.json if isinstance(self.json, str) else _json(dict(self.json))
+            return Grammar("json_schema", source, after_token)
+        if self.regex is not None:
+            return Grammar("regex", self.regex, after_token)
+        if self.choice is not None:
+            return Grammar("choice", _json(list(self.choice)), after_token)
+        if self.grammar is not None:
+            return Grammar("lark", self.grammar, after_token)
+        return Grammar("json_object", "", after_token)
+
+
+def _json(value: object) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured_outputs cannot be written as JSON: {error}") from None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens.
 
@@ -67,6 +128,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -123,24 +185,13 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Grammar:
-    """What an answer must look like: `source` in the language `kind` ("json_schema", "regex", …).
-
-    With `after_token` the answer is free until that token, and the grammar holds from there on.
-    """
-
-    kind: str
-    source: str
-    after_token: int | None = None
-
-
-@dataclass(frozen=True)
 class Request:
     """A prompt in tokens and how to continue it.
 
     Lower `priority` runs first, equal ones first come first served; whoever has waited longest gets a
     turn now and then all the same. `cache_salt` separates prefix caches. `image_positions` are prompt
-    positions worth keeping a state image at, such as the one before a chat's generation marker.
+    positions worth keeping a state image at, such as the one before a chat's generation marker. Unless
+    given, `grammar` is what `params` ask for, from the answer's start.
     """
 
     request_id: str
@@ -150,6 +201,11 @@ class Request:
     cache_salt: str | None = None
     image_positions: tuple[int, ...] = ()
     grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        wanted = self.params.structured_outputs
+        if self.grammar is None and wanted is not None:
+            object.__setattr__(self, "grammar", wanted.to_grammar())
 
 
 @dataclass(frozen=True)

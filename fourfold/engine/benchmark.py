@@ -16,7 +16,7 @@ import importlib.metadata as metadata
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,7 +26,8 @@ import torch
 from fourfold import kernels
 from fourfold.core.config import CacheConfig, EngineConfig, ModelConfig
 from fourfold.core.device import detect
-from fourfold.core.errors import ConfigError
+from fourfold.core.errors import ConfigError, FourfoldError
+from fourfold.core.parameters import parameters
 from fourfold.core.request import Request, SamplingParams
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.capacity import engine_row_formats
@@ -42,14 +43,19 @@ from fourfold.engine.roofline import (
     stored_bytes,
     synchronize,
 )
-from fourfold.core.parameters import parameters
 from fourfold.weights.geometry import config_json, with_storage
 from fourfold.weights.layout import FORMATS, WeightFormat
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-LONG, SHORT = 66, 2  # output tokens of the two runs whose difference is taken
-WARM_STEPS, TIMED_STEPS, TRACED_STEPS = 4, 16, 6
-_SPARE = WARM_STEPS + TIMED_STEPS + TRACED_STEPS + 8
+SHORT = 2  # output tokens of the shorter of two runs whose difference is taken
+WARM_STEPS, TRACED_STEPS = 4, 6
+
+
+class MeasurementError(FourfoldError):
+    """What was to be measured did not run to its end."""
+
+    exit_status = 1
+
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -59,7 +65,8 @@ class Setting:
     """What to measure on.
 
     `layers` keeps a geometry's first layers (None: all), `weights` names a `WeightFormat` (None: as
-    released). A step runs at most `step_tokens` tokens. `drafts` tokens are drafted a step.
+    released). A step runs at most `step_tokens` tokens. `drafts` tokens are drafted a step. Of decode:
+    `long_run` is the longer run's output tokens, `steady_steps` how many steps are timed one by one.
     """
 
     geometry: str = "flash"
@@ -73,6 +80,8 @@ class Setting:
     kv_cache_dtype: str = "auto"
     memory: float = 0.9
     seed: int = 0
+    long_run: int = 66
+    steady_steps: int = 16
 
     @property
     def format(self) -> WeightFormat:
@@ -129,7 +138,6 @@ class Bench:
         ready = time.perf_counter()
         self.seconds = {"weights": made - begin, "engine": ready - made}
         self.formats = engine_row_formats(self.config, model, dtype_name(self.loaded.dtype))
-        # A watched op looks like a function of this project to nobody: families need the originals.
         self.families = {} if is_cpu else kernel_families(kernels.load(device))
         self._random = random.Random(setting.seed)
         self._requests = 0
@@ -147,8 +155,10 @@ class Bench:
             "arch": loaded.device.arch.name,
             "versions": {"torch": torch.__version__, "triton": _version("triton")},
             "dtype": dtype_name(loaded.dtype),
-            "rows": {"main": asdict(self.formats.main)["kind"].value,
-                     "indexer": asdict(self.formats.indexer)["kind"].value},
+            "rows": {
+                "main": self.formats.main.kind.value,
+                "indexer": self.formats.indexer.kind.value,
+            },
             "weight_bytes": loaded.weight_bytes,
             "checkpoint_bytes": stored,
             "start_seconds": self.seconds,
@@ -182,7 +192,7 @@ class Bench:
         steps, begin, new = self.engine.stats.num_steps, time.perf_counter(), 0
         for output in self.engine.run():
             if output.error:
-                raise ConfigError(f"the model of random weights failed: {output.error}")
+                raise MeasurementError(f"the model of random weights failed: {output.error}")
             new += len(output.new_token_ids)
         synchronize(self.device)
         return time.perf_counter() - begin, self.engine.stats.num_steps - steps, new
@@ -195,7 +205,11 @@ class Bench:
 
 
 def decode(
-    setting: Setting, batches: tuple[int, ...], context: int, repeats: int = 2, tell: Tell = dict
+    setting: Setting,
+    batches: tuple[int, ...],
+    context: int,
+    repeats: int = 2,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Decode steps of each of `batches` sequences after prompts of `context` tokens.
 
@@ -207,7 +221,8 @@ def decode(
     results: list[dict[str, Any]] = []
     for batch in batches:
         results.append(_decode_batch(bench, batch, context, repeats))
-        tell({**document, "results": results})
+        if tell is not None:
+            tell({**document, "results": results})
     return {**document, "results": results}
 
 
@@ -218,21 +233,28 @@ def _outputs(setting: Setting, batch: int, context: int) -> int:
     if left < 1:
         raise ConfigError(f"{batch} sequences leave no room for prompts in {setting.step_tokens}")
     starting = -(-batch * context // left) + 8
-    return max(LONG, (starting + _SPARE) * width)
+    spare = WARM_STEPS + setting.steady_steps + TRACED_STEPS
+    return max(setting.long_run, (starting + spare) * width)
 
 
 def _decode_batch(bench: Bench, batch: int, context: int, repeats: int) -> dict[str, Any]:
     setting, width = bench.setting, 1 + bench.setting.drafts
     prompts = bench.prompts(batch, context)
     steady, profile = _steady(bench, prompts, _outputs(setting, batch, context))
-    pairs = [(bench.run(prompts, LONG), bench.run(prompts, SHORT)) for _ in range(repeats)]
+    pairs = [
+        (bench.run(prompts, setting.long_run), bench.run(prompts, SHORT)) for _ in range(repeats)
+    ]
     found = [
-        ((long[0] - short[0]) / max(long[1] - short[1], 1), (long[2] - short[2]), long[0] - short[0])
+        (
+            (long[0] - short[0]) / max(long[1] - short[1], 1),
+            (long[2] - short[2]),
+            long[0] - short[0],
+        )
         for long, short in pairs
     ]
     seconds = statistics.median(each[0] for each in found)
     speed = statistics.median(new / took for _, new, took in found)
-    work = Work(((context + LONG // 2, width),) * batch, batch * width, setting.drafts)
+    work = Work(((context + setting.long_run // 2, width),) * batch, batch * width, setting.drafts)
     costs = step_costs(bench.loaded.config, setting.format, bench.formats, work)
     return {
         "batch": batch,
@@ -241,7 +263,7 @@ def _decode_batch(bench: Bench, batch: int, context: int, repeats: int) -> dict[
         "ms_per_step_of_each_repeat": [each[0] * 1e3 for each in found],
         "steady_ms_per_step": statistics.median(steady) * 1e3,
         "steady_ms_of_each_step": [took * 1e3 for took in steady],
-        **_against_floor(bench.ceilings, costs, seconds),
+        **against_floor(bench.ceilings, [costs], seconds),
         "profile": profile.as_dict(),
     }
 
@@ -259,7 +281,7 @@ def _steady(
         engine.step()
     times = []
     synchronize(bench.device)
-    for _ in range(TIMED_STEPS):
+    for _ in range(bench.setting.steady_steps):
         begin = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - begin)
@@ -278,30 +300,90 @@ def _steady(
 
 def prefill(setting: Setting, context: int, prompts: int, repeats: int = 2) -> dict[str, Any]:
     """Tokens a second over `prompts` prompts of `context` tokens. Raises `FourfoldError`s."""
-    sequences = max(1, min(prompts, setting.step_tokens // context + 1))
-    bench = Bench(setting, sequences, context + 2)
+    at_once = max(1, setting.step_tokens // context)
+    bench = Bench(setting, min(prompts, at_once + 1), context + SHORT)
     made = bench.prompts(prompts, context)
-    few = made[: max(1, setting.step_tokens // context)]
-    bench.run(few, 1)  # compiles
-    if bench.device.type != "cpu":
-        torch.cuda.reset_peak_memory_stats(bench.device)
-        before = torch.cuda.memory_allocated(bench.device)
+    bench.run(made[:at_once], 1)  # compiles
+    before = _memory(bench.device)
     runs = [bench.run(made, 1) for _ in range(repeats)]
     seconds = statistics.median(took for took, _, _ in runs)
-    workspace = None
-    if bench.device.type != "cpu":
-        workspace = torch.cuda.max_memory_allocated(bench.device) - before
-    profile = _profile_prefill(bench, few)
-    work = Work(((0, context),) * prompts, prompts, 0)
-    steps = runs[0][1]
+    workspace = _peak_memory(bench.device) - before
+    works = prefill_works(context, prompts, setting.step_tokens)
+    few = prefill_works(context, min(prompts, at_once), setting.step_tokens)
+    profile = bench.profile(lambda: bench.run(made[:at_once], 1), len(few))
+    model, stored = bench.loaded.config, setting.format
+    costs = [step_costs(model, stored, bench.formats, work) for work in works]
     result = {
         "prompts": prompts,
         "tokens_per_s": prompts * context / seconds,
-        "ms_per_step": seconds / steps * 1e3,
-        "steps": steps,
+        "ms_per_step": seconds / runs[0][1] * 1e3,
+        "steps": runs[0][1],
         "seconds_of_each_repeat": [took for took, _, _ in runs],
         "workspace_bytes": workspace,
-        **_against_floor(bench.ceilings, _prefill_costs(bench, work, context), seconds),
+        **against_floor(bench.ceilings, costs, seconds),
         "profile": profile.as_dict(),
     }
     return {"benchmark": "prefill", **bench.about(), "context": context, "results": [result]}
+
+
+def prefill_works(context: int, prompts: int, step_tokens: int) -> list[Work]:
+    """The steps that take `prompts` prompts of `context` tokens, as full as they can be."""
+    works, runs, room = [], [], step_tokens
+    for _ in range(prompts):
+        begin = 0
+        while begin < context:
+            count = min(context - begin, room)
+            runs.append((begin, count))
+            begin, room = begin + count, room - count
+            if not room:
+                works.append(runs)
+                runs, room = [], step_tokens
+    if runs:
+        works.append(runs)
+    return [Work(tuple(w), sum(b + n == context for b, n in w)) for w in works]
+
+
+def against_floor(
+    ceilings: Ceilings, steps: Sequence[list[Cost]], seconds: float
+) -> dict[str, Any]:
+    """What `steps` that took `seconds` had to do, part by part, and how near that is to the floor.
+
+    Bytes, operations and times of all steps together.
+    """
+    parts: dict[tuple[str, str, str], list[float]] = {}
+    for costs in steps:
+        for cost in costs:
+            sums = parts.setdefault((cost.family, cost.part, cost.rate), [0.0] * 4)
+            numbers = (cost.bytes, cost.activations, cost.flops, ceilings.floor(cost) * 1e6)
+            for place, value in enumerate(numbers):
+                sums[place] += value
+    names = ("bytes", "activation_bytes", "flops", "floor_us")
+    floor = sum(sums[3] for sums in parts.values()) * 1e-6
+    return {
+        "bytes": sum(sums[0] for sums in parts.values()),
+        "flops": sum(sums[2] for sums in parts.values()),
+        "floor_ms": floor * 1e3,
+        "fraction_of_roofline": floor / seconds,
+        "parts": [
+            {"family": family, "part": part, "rate": rate, **dict(zip(names, sums, strict=True))}
+            for (family, part, rate), sums in sorted(parts.items(), key=lambda each: -each[1][3])
+        ],
+    }
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes in use on a GPU, and from now on counted for the peak."""
+    if device.type == "cpu":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+
+
+def _version(package: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None

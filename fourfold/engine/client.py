@@ -41,7 +41,7 @@ from fourfold.engine import wire
 from fourfold.engine.watchdog import Watchdog, WatchdogLimits
 
 if TYPE_CHECKING:
-    from fourfold.engine.worker import QueueLink
+    from fourfold.engine.worker import MaskSource, QueueLink
 
 STOP_SECONDS = 10.0  # for an engine to leave by itself once told to
 _LOOK_SECONDS = 0.01  # between two looks whether it has
@@ -51,9 +51,9 @@ _READ_BYTES = 1 << 18
 # first, which may be a stranger's checkpoint.)
 # On SIGUSR1 it writes the stacks of all its threads to standard error.
 _BOOT = (
-    "import faulthandler, signal, sys; descriptor, *sys.path = sys.argv[1:]; "
+    "import faulthandler, importlib, signal, sys; entry, descriptor, *sys.path = sys.argv[1:]; "
     "faulthandler.register(signal.SIGUSR1); "
-    "from fourfold.engine.worker import main; sys.exit(main(int(descriptor)))"
+    "sys.exit(importlib.import_module(entry).main(int(descriptor)))"
 )
 _OPEN = (EngineState.LOADING, EngineState.READY, EngineState.DRAINING)
 
@@ -391,10 +391,20 @@ class _Client(ABC):
 
 class ProcessEngineClient(_Client):
     """An engine in a process of its own, over a pair of connected Unix sockets that have no name in
-    any file system. The process ends with this one, however this one ends."""
+    any file system. The process ends with this one, however this one ends.
 
-    def __init__(self, launch: Launch, limits: WatchdogLimits | None = None):
+    `entry` names the module whose `main(descriptor)` the process runs. The one here makes no masks, so
+    that requests with grammars are refused.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        limits: WatchdogLimits | None = None,
+        entry: str = "fourfold.engine.worker",
+    ):
         super().__init__(launch, limits or WatchdogLimits())
+        self._entry = entry
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -410,7 +420,7 @@ class ProcessEngineClient(_Client):
             reader, self._writer = await asyncio.open_unix_connection(sock=ours)
             number = theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(number), *map(str, sys.path)],
+                [sys.executable, "-c", _BOOT, self._entry, str(number), *map(str, sys.path)],
                 pass_fds=(number,),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what libraries print must not mix with our own output
@@ -476,11 +486,18 @@ class ProcessEngineClient(_Client):
 
 class InProcessEngineClient(_Client):
     """An engine in a thread of this process. A defect in it cannot hurt the client, but a step that
-    never ends cannot be ended either: the thread stays until the process exits."""
+    never ends cannot be ended either: the thread stays until the process exits. Without `mask_source`
+    requests with grammars are refused."""
 
-    def __init__(self, launch: Launch, limits: WatchdogLimits | None = None):
+    def __init__(
+        self,
+        launch: Launch,
+        limits: WatchdogLimits | None = None,
+        mask_source: MaskSource | None = None,
+    ):
         step = (limits or WatchdogLimits()).step
         super().__init__(launch, WatchdogLimits(silence=None, step=step))
+        self._mask_source = mask_source
         self._link: QueueLink | None = None
         self._thread: threading.Thread | None = None
 
@@ -493,7 +510,7 @@ class InProcessEngineClient(_Client):
             loop.call_soon_threadsafe(self._take, event)
 
         self._link = QueueLink(deliver)
-        arguments = (self._launch, self._link)
+        arguments = (self._launch, self._link, self._mask_source)
         self._thread = threading.Thread(target=serve, args=arguments, daemon=True)
         self._thread.start()
 

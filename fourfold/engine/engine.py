@@ -154,6 +154,9 @@ class Engine:
         self._check_tokens(request)
         if request.grammar is not None and self._masks is None:
             raise RequestError("this engine was started without support for grammars")
+        if request.grammar is not None and request.params.min_tokens:
+            # Where a grammar ends, the end-of-sequence token alone may follow.
+            raise RequestError("min_tokens cannot be used together with a grammar")
         first, *others = (self._sequence(request, index) for index in range(request.params.n))
         self.scheduler.admit(first)
         self._requests[request.request_id] = [first, *others]
@@ -283,6 +286,10 @@ class Engine:
             self.stats.verified[run.num_drafts, len(tokens) - 1] += 1
         reason = sequence.advance(standing, tokens, drafts)
         self.scheduler.settled(run)
+        if sequence.mask is not None and sequence.mask.failure:
+            self._end(sequence)
+            error = sequence.mask.failure
+            return self._output(sequence, RunResult(0), FinishReason.ERROR, error=error)
         if reason or image:
             # After its end no step that is in flight has changed a sequence's state.
             self._keep_image(sequence, image)

@@ -22,7 +22,10 @@ from fourfold.core.request import Grammar
 
 
 class TokenMask(Protocol):
-    """A constraint at some point of its sequence's output."""
+    """A constraint at some point of its sequence's output. `failure` says why the output cannot go on,
+    None while it can; a sequence whose mask has failed ends with that as its error."""
+
+    failure: str | None
 
     def allowed(self, drafts: Sequence[int]) -> npt.NDArray[np.int32]:
         """Bits of the tokens that may come next `[1 + len(drafts), words]`: token t is bit t % 32 of

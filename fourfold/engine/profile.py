@@ -13,8 +13,8 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Profile:
     @property
     def kinds(self) -> dict[str, float]:
         """Microseconds by kind."""
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         for family, us in self.families.items():
             found[kind(family)] += us
         return dict(found)
@@ -129,7 +129,7 @@ def read_trace(events: Sequence[dict[str, Any]], steps: int, families: dict[str,
             _add(gaps.setdefault((last[:_LONGEST], name[:_LONGEST]), [0.0, 0.0]), begin - until)
         if begin + took > until:
             until, last = begin + took, name
-    by_family: Counter[str] = Counter()
+    by_family: defaultdict[str, float] = defaultdict(float)
     for (_, family, _), (_, us) in found.items():
         by_family[family] += us
     kernels = sorted(
@@ -144,11 +144,15 @@ def read_trace(events: Sequence[dict[str, Any]], steps: int, families: dict[str,
         steps,
         (until - float(ran[0]["ts"])) / steps,
         idle / steps,
-        {family: us / steps for family, us in by_family.most_common()},
+        {family: us / steps for family, us in _falling(by_family)},
         len(ran) / steps,
         tuple(kernels[:_MOST_KERNELS]),
         tuple(pauses[:_MOST_GAPS]),
     )
+
+
+def _falling(found: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(found.items(), key=lambda item: -item[1])
 
 
 def _add(sums: list[float], us: float) -> None:
@@ -175,7 +179,7 @@ class OpClock:
 
     def __init__(self) -> None:
         self.on = False
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self._inner: list[float] = []
 
@@ -207,7 +211,7 @@ class OpClock:
             run()
         finally:
             self.on, took = False, time.perf_counter() - begin
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         for op, seconds in self.seconds.items():
             found[FAMILIES.get(op, op)] += seconds
         found["torch"] = took - sum(found.values())
@@ -216,10 +220,10 @@ class OpClock:
             steps,
             took * each,
             0.0,
-            {family: seconds * each for family, seconds in found.most_common()},
+            {family: seconds * each for family, seconds in _falling(found)},
             sum(self.calls.values()) / steps,
             tuple(
                 Launch(op, FAMILIES.get(op, op), "", self.calls[op] / steps, seconds * each)
-                for op, seconds in self.seconds.most_common(_MOST_KERNELS)
+                for op, seconds in _falling(self.seconds)[:_MOST_KERNELS]
             ),
         )

@@ -222,9 +222,7 @@ def _state(
             read += min(int(there[-1]), int(listed.sum()))
             folds = 2 * config.compressor_series(ratio) * 3 * 4
             new = int(there[-1]) - begin // ratio
-            yield Cost(
-                "compressor", "folds", times * float(folds * config.head_dim + new * row)
-            )
+            yield Cost("compressor", "folds", times * float(folds * config.head_dim + new * row))
             if indexed:
                 keys, dim = int(there.sum()), config.index_n_heads * config.index_head_dim
                 written = folds * config.index_head_dim + new * key
@@ -245,23 +243,34 @@ def measure(device: Device) -> Ceilings:
     """Measure a device's ceilings: a copy of far more than its cache, and large products."""
     target, is_gpu = device.torch_device, device.torch_device.type != "cpu"
     count, side = (1 << 29, 8192) if is_gpu else (1 << 24, 1024)
-    a = torch.randn(count, device=target)
+    plain, fp8 = _products(device, side, torch.bfloat16 if is_gpu else torch.float32)
+    cache = torch.cuda.get_device_properties(target).L2_cache_size if is_gpu else 0
+    return Ceilings(_bandwidth(target, count), plain, fp8, cache)
+
+
+def _bandwidth(device: torch.device, count: int) -> float:
+    """Bytes a second, of `count` float32 read and written or only read."""
+    a = torch.randn(count, device=device)
     b = torch.empty_like(a)
-    copied = 2 * a.nbytes / _seconds(lambda: torch.neg(a, out=b), target)
-    read = a.nbytes / _seconds(lambda: a.sum(), target)
-    del a, b
-    dtype = torch.bfloat16 if is_gpu else torch.float32
+    copied = 2 * a.nbytes / _seconds(lambda: torch.neg(a, out=b), device)
+    return max(copied, a.nbytes / _seconds(lambda: a.sum(), device))
+
+
+def _products(device: Device, side: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations a second of square products in `dtype`, and in FP8 where there is hardware for it."""
+    target = device.torch_device
     x, y = (torch.randn(side, side, device=target, dtype=dtype) for _ in range(2))
     plain = 2.0 * side**3 / _seconds(lambda: x @ y, target)
-    fp8 = plain
-    if {Feature.FP8_MATRIX, Feature.FP8_OCP} <= device.features:
-        one = torch.ones((), device=target)
-        x8, y8 = x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn).t()
-        fp8 = 2.0 * side**3 / _seconds(
-            lambda: torch._scaled_mm(x8, y8, one, one, out_dtype=torch.bfloat16), target
-        )
-    cache = torch.cuda.get_device_properties(target).L2_cache_size if is_gpu else 0
-    return Ceilings(max(copied, read), plain, max(fp8, plain), cache)
+    if not {Feature.FP8_MATRIX, Feature.FP8_OCP} <= device.features:
+        return plain, plain
+    one = torch.ones((), device=target)
+    x8, y8 = x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn).t()
+    fp8 = (
+        2.0
+        * side**3
+        / _seconds(lambda: torch._scaled_mm(x8, y8, one, one, out_dtype=torch.bfloat16), target)
+    )
+    return plain, max(fp8, plain)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:

@@ -13,6 +13,7 @@ from fourfold.core.device import detect
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel, load_model
+from fourfold.engine.masks import MaskMaker
 from fourfold.weights.locate import ModelLocation, locate
 
 
@@ -64,9 +65,10 @@ def start_engine(
     launch: Launch,
     progress: Callable[[str, int, int], None] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
+    masks: MaskMaker | None = None,
 ) -> tuple[Engine, EngineInfo]:
-    """Find, load and allocate. Raises `FourfoldError`s."""
+    """Find, load and allocate; `masks` as in `Engine`. Raises `FourfoldError`s."""
     location = locate(launch.config.model)
     loaded = load_model(location, launch.config, detect(launch.device), progress)
-    engine = Engine(loaded, launch.config, launch.allowed_token_ids, on_step)
+    engine = Engine(loaded, launch.config, launch.allowed_token_ids, on_step, masks)
     return engine, engine_info(engine, location)

@@ -27,6 +27,7 @@ from fourfold.core.errors import CapacityError, FourfoldError
 from fourfold.core.request import FinishReason, RequestOutput
 from fourfold.engine import wire
 from fourfold.engine.engine import Engine
+from fourfold.engine.masks import MaskMaker
 from fourfold.engine.start import engine_stats, start_engine
 from fourfold.engine.watchdog import BEAT_SECONDS
 
@@ -202,8 +203,13 @@ class EngineLoop:
             self._link.send(wire.StepDone(number, (failed,)))
 
 
-def serve(launch: Launch, link: Link) -> int:
-    """Load, then run until told to stop. The process's exit status; a defect is reported and raised."""
+MaskSource = Callable[[Launch], MaskMaker]
+"""Makes the maker of masks for what is launched. Raises `FourfoldError`s."""
+
+
+def serve(launch: Launch, link: Link, mask_source: MaskSource | None = None) -> int:
+    """Load, then run until told to stop. The process's exit status; a defect is reported and raised.
+    Without `mask_source` requests with grammars are refused."""
     shown = -_PROGRESS_SECONDS
 
     def progress(part: str, done: int, total: int) -> None:
@@ -218,7 +224,8 @@ def serve(launch: Launch, link: Link) -> int:
 
     try:
         try:
-            engine, info = start_engine(launch, progress, on_step)
+            masks = None if mask_source is None else mask_source(launch)
+            engine, info = start_engine(launch, progress, on_step, masks)
         except FourfoldError as error:
             link.send(wire.Failed(wire.error_kind(error), str(error)))
             link.flush()
@@ -245,8 +252,9 @@ def _beat(link: SocketLink) -> None:
             os._exit(1)
 
 
-def main(descriptor: int) -> int:
-    """The engine's process, whose client holds the other end of the socket `descriptor`."""
+def main(descriptor: int, mask_source: MaskSource | None = None) -> int:
+    """The engine's process, whose client holds the other end of the socket `descriptor`; the rest as
+    `serve`."""
     # A terminal's Ctrl-C and a service manager's SIGTERM reach every process of a group. When to
     # stop is for the client to say, after it has drained; should it die, the socket tells.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -265,4 +273,4 @@ def main(descriptor: int) -> int:
         raise wire.WireError(
             f"expected Start alone, found {type(first).__name__} and {len(others)}"
         )
-    return serve(first.launch, link)
+    return serve(first.launch, link, mask_source)

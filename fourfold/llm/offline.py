@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from fourfold.core.client import EngineClient, EngineInfo, EngineStats, Launch
 from fourfold.core.config import CacheConfig, EngineConfig, ParallelConfig
 from fourfold.core.errors import RequestError
-from fourfold.core.request import Request, SamplingParams
+from fourfold.core.request import Grammar, Request, SamplingParams
+from fourfold.llm.engine_process import ENGINE_PROCESS
 from fourfold.llm.prompts import (
     Encoded,
     Message,
@@ -29,7 +30,7 @@ from fourfold.llm.prompts import (
     encode_conversation,
     encode_prompt,
     num_drafts,
-    read_tokenizer,
+    tokenizer_directory,
 )
 from fourfold.llm.results import Decoder, Reply, RequestOutput
 from fourfold.text.profiles import DetectedProfile, detect_profile
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from fourfold.engine.engine import Engine
+    from fourfold.engine.masks import TokenMask
+    from fourfold.text.grammar_mask import GrammarMasks
 
 
 class _Offline:
@@ -99,9 +102,16 @@ class _Offline:
             parallel=ParallelConfig(tensor_parallel_size=tensor_parallel_size),
         )
         directory = locate(config.model).directory
-        self.tokenizer = read_tokenizer(tokenizer, directory)
+        place = tokenizer_directory(tokenizer, directory)
+        in_memory = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        self.tokenizer = in_memory or Tokenizer.from_directory(place or directory)
         self.chat_profile: DetectedProfile = detect_profile(directory, chat_profile)
-        self.launch = Launch(config, device, tuple(sorted(self.tokenizer.known_ids())))
+        self.launch = Launch(
+            config,
+            device,
+            tuple(sorted(self.tokenizer.known_ids())),
+            None if place is None else str(place),
+        )
         self._serial = itertools.count()
         self._load()
 
@@ -115,6 +125,7 @@ class _Offline:
     def _request(
         self, prompt: Encoded, params: SamplingParams, priority: int, request_id: str | None = None
     ) -> Request:
+        wanted = params.structured_outputs
         return Request(
             str(next(self._serial)) if request_id is None else request_id,
             prompt.token_ids,
@@ -122,6 +133,7 @@ class _Offline:
             priority,
             prompt.cache_salt,
             prompt.image_positions,
+            None if wanted is None else wanted.to_grammar(prompt.end_think),
         )
 
 
@@ -132,12 +144,15 @@ class LLM(_Offline):
     _engine: Engine
     _decoder: Decoder
     _busy: bool = False
+    _masks: GrammarMasks | None = None
 
     def _load(self) -> None:
         from fourfold.engine.start import start_engine
 
         with _loading_bar() as bar:
-            self._engine, self.info = start_engine(self.launch, _progress(bar))
+            self._engine, self.info = start_engine(
+                self.launch, _progress(bar), masks=self._make_mask
+            )
         self._decoder = Decoder(self.tokenizer, self.info.eos_token_id)
 
     def generate(
@@ -196,6 +211,14 @@ class LLM(_Offline):
         with closing(self._run(self._requests(encoded, sampling_params, priority))) as replies:
             for reply in replies:
                 yield reply.result()
+
+    def _make_mask(self, grammar: Grammar, vocab_size: int) -> TokenMask:
+        """What makes masks takes a second to build and is not always needed."""
+        if self._masks is None:
+            from fourfold.text.grammar_mask import GrammarMasks
+
+            self._masks = GrammarMasks(self.tokenizer, vocab_size, self.info.eos_token_id)
+        return self._masks(grammar, vocab_size)
 
     def stats(self) -> EngineStats:
         """Counts since the model was loaded."""
@@ -360,7 +383,7 @@ class AsyncLLM(_Offline):
 
         async with self._starting:
             if self._client is None:
-                starting = client or ProcessEngineClient(self.launch)
+                starting = client or ProcessEngineClient(self.launch, entry=ENGINE_PROCESS)
                 with _loading_bar() as bar:
                     await starting.start(_progress(bar))
                 self._client = starting
@@ -375,6 +398,8 @@ class AsyncLLM(_Offline):
     ) -> AsyncGenerator[RequestOutput, None]:
         client = await self._started()
         request = self._request(encoded, sampling_params or SamplingParams(), priority, request_id)
+        if request.grammar is not None and self.launch.tokenizer is None:
+            raise RequestError("structured_outputs need a tokenizer that is given by its directory")
         decoder = Decoder(self.tokenizer, client.info.eos_token_id)
         reply = Reply(request, encoded.text, decoder)
         async with aclosing(client.generate(request)) as outputs:

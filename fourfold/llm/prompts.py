@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 from fourfold.core.errors import ConfigError, RequestError
 from fourfold.core.request import SamplingParams
+from fourfold.text import markers
 from fourfold.text.chat import ChatOptions, encode_chat, read_switches
 from fourfold.text.profiles import ChatProfile
 from fourfold.text.tokenizer import Tokenizer
@@ -28,12 +29,13 @@ _MAX_DRAFTS = 3
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt in tokens; the fields after them are those of `Request`."""
+    """A prompt in tokens, and what else its request needs."""
 
     text: str | None
     token_ids: tuple[int, ...]
     cache_salt: str | None = None
     image_positions: tuple[int, ...] = ()
+    end_think: int | None = None  # if the answer begins with reasoning: the token that ends it
 
 
 def is_ids(value: object) -> TypeGuard[Sequence[int]]:
@@ -118,18 +120,18 @@ def encode_conversation(
     tokens = prompt.tokenize(tokenizer)
     header = tokens.header_position
     positions = () if header is None else (header,)
-    return Encoded(prompt.text, tokens.token_ids, image_positions=positions)
+    end = tokenizer.special_id(markers.END_THINK) if prompt.ends_in_reasoning else None
+    return Encoded(prompt.text, tokens.token_ids, image_positions=positions, end_think=end)
 
 
-def read_tokenizer(given: str | Path | Tokenizer | None, checkpoint: Path) -> Tokenizer:
-    """The checkpoint's own, or that of another directory or model."""
+def tokenizer_directory(given: str | Path | Tokenizer | None, checkpoint: Path) -> Path | None:
+    """Where the tokenizer lies: the checkpoint's own, or that of another directory or model; None if
+    it is in memory only."""
     if isinstance(given, Tokenizer):
-        return given
+        return None
     if given is None:
-        return Tokenizer.from_directory(checkpoint)
-    if Path(given).is_dir():
-        return Tokenizer.from_directory(given)
-    return Tokenizer.from_directory(locate(str(given), weights=False).directory)
+        return checkpoint
+    return Path(given) if Path(given).is_dir() else locate(str(given), weights=False).directory
 
 
 def num_drafts(config: Mapping[str, Any] | None) -> int:

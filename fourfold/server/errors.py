@@ -14,6 +14,7 @@ from typing import Any
 from fourfold.core.client import EngineClosedError, EngineDeadError
 from fourfold.core.errors import CapacityError, FourfoldError, RequestError
 from fourfold.server.settings import MAX_ERROR_CHARACTERS
+from fourfold.text.grammar_check import GrammarsBusyError
 
 RETRY_STARTING = 5
 RETRY_DRAINING = 10
@@ -94,6 +95,8 @@ def from_failure(error: Exception) -> ApiError:
     if isinstance(error, EngineClosedError):
         message = "the server is shutting down and takes no more requests"
         return unavailable(message, RETRY_DRAINING, "draining")
+    if isinstance(error, GrammarsBusyError):
+        return busy("the server is busy: too many grammars are being checked", 1)
     if isinstance(error, CapacityError):
         return bad_request(str(error), code="context_length_exceeded")
     if isinstance(error, RequestError):

@@ -119,7 +119,7 @@ async def serve(serving: Serving, listener: socket.socket, on_ready: Callable[[]
         http.should_exit = True
         await serving.engine.shutdown()
         await asyncio.gather(answering, starting, stopping, return_exceptions=True)
-        serving.close()
+        await serving.close()
 
 
 def _signalled(serving: Serving, stop: asyncio.Event) -> None:

@@ -25,11 +25,11 @@ from fourfold.server.errors import (
     unavailable,
     unsupported,
 )
-from fourfold.server.grammars import GrammarChecker
 from fourfold.server.logprobs import TokenTexts
 from fourfold.server.metrics import Metrics
 from fourfold.server.settings import ServerSettings
 from fourfold.text.generation import GenerationDefaults
+from fourfold.text.grammar_check import GrammarChecker
 from fourfold.text.profiles import ChatProfile
 from fourfold.text.tokenizer import Tokenizer
 
@@ -88,7 +88,8 @@ class Serving:
         self._admission: Admission | None = None
         self._bodies = 0
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenise")
-        self.grammars = GrammarChecker() if grammars else None
+        self._takes_grammars = grammars
+        self._checker: GrammarChecker | None = None
         self.texts = TokenTexts(tokenizer)
         self._longest_token = max(map(len, map(tokenizer.token_bytes, self.texts.known)))
 
@@ -177,12 +178,20 @@ class Serving:
         """Raise 400 or `RequestError` unless there is none, or one that can be used."""
         if grammar is None:
             return
-        if self.grammars is None:
+        if not self._takes_grammars:
             raise unsupported(field_name, "other than text is not supported by this engine")
-        await self.grammars.check(grammar)
+        if self._checker is None:
+            special, info = self.tokenizer.special_tokens, self.info
+            self._checker = GrammarChecker(special, info.vocab_size, info.eos_token_id)
+        await self._checker.check(grammar)
 
-    def close(self) -> None:
-        """Let go of the workers."""
+    def bounds(self) -> tuple[str, ...]:
+        """Every bound, for the log."""
+        grammars = (GrammarChecker.bound(),) if self._takes_grammars else ()
+        return (*self.settings.bounds(self.info), *grammars)
+
+    async def close(self) -> None:
+        """Let go of threads and processes."""
         self._workers.shutdown(wait=False, cancel_futures=True)
-        if self.grammars is not None:
-            self.grammars.close()
+        if self._checker is not None:
+            await self._checker.close()

@@ -1,196 +1,132 @@
-"""Grammars of answers: what a request may demand, and which tokens may come next.
+"""What an answer may be asked to look like, and how large such a demand may be.
 
-    response_format, structured_outputs ─ read_… ─▶ Grammar ─ GrammarCompiler ─▶ GrammarMatcher
-
-Contract: llguidance does the work and is imported when it is first needed. A `GrammarMatcher` belongs
-to one sequence and knows token ids only. Compiling somebody's grammar may take long: a server checks
-it first where that harms nobody (`check_forever`, a process of its own). Torch-free.
+Contract: pure Python that reads a demand and refuses what is malformed or too large, cheaply, whatever it
+holds. It does not know what any of it means for tokens (grammar_mask.py), and a source that passes here
+may still be refused there.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Any
 
 from fourfold.core.errors import RequestError
 from fourfold.core.request import Grammar
-from fourfold.text.checks import checked_list, checked_object, checked_text, refuse, to_json
+from fourfold.text.checks import (
+    checked_object,
+    checked_text,
+    json_type,
+    parse_json,
+    refuse,
+    to_json,
+)
 
-JSON_OBJECT = "json_object"
-JSON_SCHEMA = "json_schema"
-REGEX = "regex"
-LARK = "grammar"
-CHOICE = "choice"
-KINDS = (JSON_OBJECT, JSON_SCHEMA, REGEX, LARK, CHOICE)
-MAX_SOURCE = 200_000  # characters
-_ANY_OBJECT = '{"type": "object"}'
-_MAX_ERROR = 300
+KINDS = ("json_object", "json_schema", "regex", "lark", "choice")
+
+MAX_SOURCE_CHARACTERS = 1 << 17
+MAX_REGEX_CHARACTERS = 1 << 14
+MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_VALUES = 20_000
+# The compiler's time grows with the square of this one.
+MAX_SCHEMA_KEYS = 500  # of one object
+MAX_CHOICES = 1000
+# The compiler would obey this key of a schema, with regular expressions in it.
+_COMPILER_KEY = "x-guidance"
 
 
-def read_response_format(value: object, after_token: int | None) -> Grammar | None:
-    """The grammar of a `response_format`, None for text. Raises `RequestError`."""
-    if value is None:
+def response_grammar(response_format: object, after_token: int | None = None) -> Grammar | None:
+    """What a `response_format` demands; None if nothing. OpenAI's shapes, and {"type": "regex",
+    "regex": …}. `after_token` as in `Grammar`. Raises `RequestError` naming the field."""
+    if response_format is None:
         return None
-    wanted = checked_object(value, "response_format")
-    kind = wanted.get("type")
-    if kind == "text":
-        return None
-    if kind == JSON_OBJECT:
-        return Grammar(JSON_OBJECT, "", after_token)
-    if kind != JSON_SCHEMA:
-        refuse("response_format.type", "one of text, json_object, json_schema", kind)
+    wanted = checked_object(response_format, "response_format")
+    match wanted.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return Grammar("json_object", "", after_token)
+        case "json_schema":
+            return Grammar("json_schema", _schema(wanted), after_token)
+        case "regex":
+            source = checked_text(wanted.get("regex"), "response_format.regex")
+            return Grammar("regex", source, after_token)
+        case kind:
+            refuse("response_format.type", "text, json_object, json_schema or regex", kind)
+
+
+def _schema(wanted: Mapping[str, Any]) -> str:
     inner = checked_object(wanted.get("json_schema"), "response_format.json_schema")
     where = "response_format.json_schema.schema"
-    return _bounded(
-        JSON_SCHEMA, to_json(checked_object(inner.get("schema"), where), where), after_token
-    )
+    return to_json(checked_object(inner.get("schema"), where), where)
 
 
-def read_structured_outputs(value: object, after_token: int | None) -> Grammar | None:
-    """The grammar of vLLM's `structured_outputs`: one of json, json_object, regex, choice, grammar.
-    Raises `RequestError`."""
-    if value is None:
-        return None
-    where = "structured_outputs"
-    given = {k: v for k, v in checked_object(value, where).items() if v is not None}
-    if len(given) != 1:
-        raise RequestError(
-            f"{where} must hold exactly one of json, json_object, regex, choice, grammar"
-        )
-    ((name, inner),) = given.items()
-    place = f"{where}.{name}"
-    match name:
-        case "json":
-            schema = inner if isinstance(inner, str) else to_json(inner, place)
-            return _bounded(JSON_SCHEMA, checked_text(schema, place), after_token)
-        case "json_object":
-            return Grammar(JSON_OBJECT, "", after_token) if inner is True else None
-        case "regex" | "grammar":
-            return _bounded(name, checked_text(inner, place), after_token)
-        case "choice":
-            texts = [
-                checked_text(t, f"{place}[{i}]") for i, t in enumerate(checked_list(inner, place))
-            ]
-            if not texts or not all(texts):
-                refuse(place, "texts that are not empty", inner)
-            return _bounded(CHOICE, to_json(texts, place), after_token)
-    raise RequestError(f"{where} has no {name[:80]!r}")
+def check_source(grammar: Grammar) -> None:
+    """Raise `RequestError` for an unknown kind, or a source that is malformed or too large."""
+    kind, source = grammar.kind, grammar.source
+    if kind not in KINDS:
+        raise RequestError(f"a grammar must be one of {', '.join(KINDS)}, found {kind!r:.40}")
+    checked_text(source, f"the {kind}")
+    most = MAX_REGEX_CHARACTERS if kind == "regex" else MAX_SOURCE_CHARACTERS
+    if len(source) > most:
+        raise RequestError(f"the {kind} must hold at most {most} characters, found {len(source)}")
+    if kind == "json_object" and source:
+        raise RequestError("json_object takes no source: give a json_schema")
+    if kind == "json_schema":
+        _check_schema(source)
+    if kind == "choice":
+        read_choices(source)
 
 
-def _bounded(kind: str, source: str, after_token: int | None) -> Grammar:
-    if len(source) > MAX_SOURCE:
-        raise RequestError(f"a grammar may have {MAX_SOURCE} characters, found {len(source)}")
-    return Grammar(kind, source, after_token)
+def read_choices(source: str) -> list[str]:
+    """The texts of a choice, from a JSON list. Raises `RequestError`."""
+    found = _parsed(source, "choice")
+    if not isinstance(found, list) or not found or len(found) > MAX_CHOICES:
+        raise RequestError(f"the choice must be a list of 1 to {MAX_CHOICES} texts")
+    for each in found:
+        if not checked_text(each, "each text of the choice"):
+            raise RequestError("the choice must not hold an empty text")
+    return found
 
 
-def compiled(grammar: Grammar) -> str:
-    """The grammar in llguidance's own language. Raises `RequestError`."""
-    from llguidance import LLMatcher
+def _check_schema(source: str) -> None:
+    schema = _parsed(source, "json_schema")
+    if not isinstance(schema, dict):
+        refuse("the json_schema", "an object", schema)
+    if _COMPILER_KEY in schema:
+        raise RequestError(f"the json_schema's {_COMPILER_KEY} is not supported")
+    values, depth = 0, 0
+    level: list[Any] = [schema]
+    while level:
+        depth, values = depth + 1, values + len(level)
+        if depth > MAX_SCHEMA_DEPTH or values > MAX_SCHEMA_VALUES:
+            raise RequestError(
+                f"the json_schema must be nested at most {MAX_SCHEMA_DEPTH} deep and hold at most "
+                f"{MAX_SCHEMA_VALUES} values"
+            )
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                if len(value) > MAX_SCHEMA_KEYS:
+                    raise RequestError(
+                        f"no object in the json_schema may have more than {MAX_SCHEMA_KEYS} keys, "
+                        f"found one with {len(value)}"
+                    )
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        level = below
 
+
+def _parsed(source: str, kind: str) -> Any:
     try:
-        match grammar.kind:
-            case "json_object":
-                return str(LLMatcher.grammar_from_json_schema(_ANY_OBJECT))
-            case "json_schema":
-                return str(LLMatcher.grammar_from_json_schema(grammar.source))
-            case "regex":
-                return str(LLMatcher.grammar_from_regex(grammar.source))
-            case "grammar":
-                return str(LLMatcher.grammar_from_lark(grammar.source))
-            case "choice":
-                texts = (json.dumps(text) for text in json.loads(grammar.source))
-                return str(LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}"))
+        return parse_json(source)
     except ValueError as error:
-        raise RequestError(
-            f"the {grammar.kind} cannot be used: {str(error)[:_MAX_ERROR]}"
-        ) from None
-    raise RequestError(f"there is no grammar of kind {grammar.kind!r}")
+        raise RequestError(f"the {kind} is not valid JSON: {error}") from None
 
 
-def check(grammar: Grammar) -> str | None:
-    """What is wrong with a grammar, None if it can be used."""
-    from llguidance import LLMatcher
-
-    try:
-        message = LLMatcher.validate_grammar(compiled(grammar))
-    except RequestError as error:
-        return str(error)
-    return f"the {grammar.kind} cannot be used: {message[:_MAX_ERROR]}" if message else None
-
-
-class GrammarCompiler:
-    """Makes matchers for one tokenizer, whose `tokenizer.json` is given as text."""
-
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_id: int) -> None:
-        from llguidance import LLTokenizer
-
-        self._tokens = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_id)
-        self._eos = eos_token_id
-
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the beginning of an answer. Raises `RequestError`."""
-        from llguidance import LLMatcher
-
-        found = LLMatcher(self._tokens, compiled(grammar))
-        if found.is_error():
-            message = str(found.get_error())[:_MAX_ERROR]
-            raise RequestError(f"the {grammar.kind} cannot be used: {message}")
-        return GrammarMatcher(found, grammar.after_token, self._eos)
-
-
-class GrammarMatcher:
-    """Where one answer stands in its grammar; before `after_token` everything is allowed."""
-
-    def __init__(self, matcher: Any, after_token: int | None, eos_token_id: int) -> None:
-        self._matcher, self._eos = matcher, eos_token_id
-        self._waits_for = after_token
-
-    def rows(self, drafts: Sequence[int]) -> list[bytes | None]:
-        """Bits of the tokens that may come next, then after each of `drafts` (None: all may; also
-        where a draft before breaks the rules). Token t is bit t % 8 of byte t // 8."""
-        rows: list[bytes | None] = []
-        taken, waits = 0, self._waits_for
-        for draft in [*drafts, None]:
-            rows.append(None if waits is not None else self._matcher.compute_bitmask())
-            if draft is None:
-                break
-            if waits is not None:
-                waits = None if draft == waits else waits
-            elif draft != self._eos and self._matcher.try_consume_tokens([draft]):
-                taken += 1
-            else:
-                rows += [None] * (len(drafts) + 1 - len(rows))
-                break
-        if taken:
-            self._matcher.rollback(taken)
-        return rows
-
-    def commit(self, tokens: Sequence[int]) -> None:
-        """Move on over tokens that stand now. Raises `RequestError` for one that is not allowed."""
-        for position, token in enumerate(tokens):
-            if self._waits_for is not None:
-                self._waits_for = None if token == self._waits_for else self._waits_for
-                continue
-            rest = list(tokens[position:])
-            if rest[-1] == self._eos:  # the end is no token of the grammar's
-                rest.pop()
-                ends = self._matcher.try_consume_tokens(rest) == len(rest)
-                ok = ends and self._matcher.is_accepting()
-            else:
-                ok = self._matcher.try_consume_tokens(rest) == len(rest)
-            if not ok:
-                raise RequestError("a token outside the grammar was committed")
-            return
-
-
-def check_forever(lines: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> None:
-    """A process that checks grammars: a JSON line in, a JSON line out. Memory is bounded here (1 GiB),
-    time by whoever asks."""
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-    for line in lines:
-        asked: Mapping[str, str] = json.loads(line)
-        answers.write(json.dumps(check(Grammar(asked["kind"], asked["source"]))) + "\n")
-        answers.flush()
+def choice_source(choices: object) -> str:
+    """A choice's source from a list of texts. Raises `RequestError`."""
+    if isinstance(choices, str) or not isinstance(choices, list | tuple):
+        raise RequestError(f"a choice must be a list of texts, found {json_type(choices)}")
+    return json.dumps(choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -115,5 +116,7 @@ def test_keys_and_absent_servers(capsys: pytest.CaptureFixture[str]) -> None:
         assert talk(web, "hi").messages == []
         assert "401" in capsys.readouterr().err
         assert len(talk(web, "hi", key="k").messages) == 2
-    assert talk(web, "hi").messages == []
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    Terminal(Server(f"http://127.0.0.1:{port}", None), Conversation(), typed("hi")).run()
     assert "does not answer" in capsys.readouterr().err

@@ -35,6 +35,7 @@ class Rising:
             raise RequestError(f"grammar kind {grammar.kind} is not known")
         self.next, self.vocabulary = int(grammar.source), vocabulary
         self.seen: list[int] = []
+        self.failure: str | None = None
 
     def allowed(self, drafts: Sequence[int]) -> npt.NDArray[np.int32]:
         rows = np.zeros((1 + len(drafts), -(-self.vocabulary // 32) * 32), bool)

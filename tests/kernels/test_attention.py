@@ -41,55 +41,67 @@ def kernel() -> Any:
 
 
 @interpreted
-@pytest.mark.parametrize("split", [False, True], ids=["walk", "split"])
-def test_equals_the_body(split: bool) -> None:
+def test_equals_the_body() -> None:
     from fourfold.kernels.triton.attention import KERNELS
 
+    for each in KERNELS:
+        assert_equals_body(each, [torch.bfloat16])
     compact = next(k for k in KERNELS if k.name == "triton")
-    run = partial(kernel(), split=split) if split else partial(compact.run, split=False)
-    assert_equals_body(replace(compact, run=run))
+    assert_equals_body(replace(compact, run=partial(kernel(), split=True)), [torch.float32])
 
 
 RATIOS = {"window": 0, "CSA": 4, "HCA": 128}
 
 
-def sequence(kind: RowKind, name: str, base: int, dtype: torch.dtype) -> Cached:
+def sequence(kind: RowKind, name: str, base: int, dtype: torch.dtype, count: int = 36) -> Cached:
     topk = 21 if name == "CSA" else None
-    return Cached.make(60, base=base, ratio=RATIOS[name], topk=topk, kind=kind, dtype=dtype)
+    return Cached.make(count, base=base, ratio=RATIOS[name], topk=topk, kind=kind, dtype=dtype)
+
+
+PLAIN, FP8 = RowKind.PLAIN, RowKind.FP8_GROUPS
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [RowKind.PLAIN, RowKind.FP8_GROUPS], ids=lambda k: k.value)
-@pytest.mark.parametrize("name", RATIOS)
-@pytest.mark.parametrize("base", [0, 3000])
+@pytest.mark.parametrize(
+    ("kind", "name", "base", "dtype"),
+    [
+        (FP8, "CSA", 0, torch.bfloat16),
+        (FP8, "CSA", 3000, torch.bfloat16),
+        (PLAIN, "CSA", 3000, torch.bfloat16),
+        (FP8, "CSA", 40, torch.float32),
+        (PLAIN, "HCA", 3000, torch.float32),
+        (FP8, "HCA", 100, torch.bfloat16),
+        (FP8, "window", 9, torch.bfloat16),
+        (PLAIN, "window", 0, torch.float32),
+    ],
+)
 def test_a_token_does_not_depend_on_chunks_or_batch(
     kind: RowKind, name: str, base: int, dtype: torch.dtype
 ) -> None:
-    """One run; cut in three; single tokens in one batch between padding; alone. Both launch forms."""
-    if dtype == torch.bfloat16 and name == "HCA":
-        pytest.skip("the arithmetic is CSA's")
+    """One run; cut in three; single tokens in one batch between padding; alone. Every launch form."""
     cached, run = sequence(kind, name, base, dtype), kernel()
     with poisoned():
-        whole: Tensor = run(**cached.step([(base, 60)]), split=False)
-        expected = body(**cached.step([(base, 60)]))
+        whole: Tensor = run(**cached.step([(base, 36)]), split=False, dense=False)
+        expected = body(**cached.step([(base, 36)]))
         assert_close(whole, expected, 2e-5 if dtype == torch.float32 else 1.6e-2)
-        chunks = [(base, 13), (base + 13, 30), (base + 43, 17)]
+        chunks = [(base, 9), (base + 9, 20), (base + 29, 7)]
+        forms = ((True, False), (False, True), (True, True))
         cut = [
-            run(**cached.step([c]), split=s)
-            for c, s in zip(chunks, (True, False, True), strict=True)
+            run(**cached.step([chunk]), split=split, dense=dense)
+            for chunk, (split, dense) in zip(chunks, forms, strict=True)
         ]
         assert torch.equal(torch.cat(cut), whole)
-        lanes = [(base + 59, 1), PADDING, (base + 7, 3), (base, 1), PADDING]
+        assert torch.equal(run(**cached.step(chunks), split=False, dense=True), whole)
+        lanes = [(base + 35, 1), PADDING, (base + 7, 3), (base, 1), PADDING]
         for split in (False, True):
-            got = run(**cached.step(lanes), split=split)
-            assert torch.equal(got[[0, 2, 3, 4, 5]], whole[[59, 7, 8, 9, 0]])
-            assert torch.equal(run(**cached.step([(base + 59, 1)]), split=split)[0], whole[59])
+            got = run(**cached.step(lanes), split=split, dense=False)
+            assert torch.equal(got[[0, 2, 3, 4, 5]], whole[[35, 7, 8, 9, 0]])
+        assert torch.equal(run(**cached.step([(base + 35, 1)]))[0], whole[35])
 
 
 @interpreted
 def test_not_a_number_stays_in_its_token_and_head() -> None:
-    cached = sequence(RowKind.FP8_GROUPS, "CSA", 200, torch.float32)
+    cached = sequence(FP8, "CSA", 200, torch.float32)
     run, arguments = kernel(), cached.step([(200, 6)])
     clean = run(**arguments, split=False)
     arguments["q"][2, 1, 5] = float("nan")
@@ -102,7 +114,7 @@ def test_not_a_number_stays_in_its_token_and_head() -> None:
 
 @interpreted
 def test_a_sink_of_minus_infinity_takes_nothing() -> None:
-    cached = sequence(RowKind.PLAIN, "HCA", 300, torch.float32)
+    cached = sequence(PLAIN, "HCA", 300, torch.float32)
     arguments = cached.step([(300, 3)])
     arguments["sink"] = torch.tensor([float("-inf"), 1e4, -1e4, 0.0])
     for split in (False, True):
@@ -111,9 +123,16 @@ def test_a_sink_of_minus_infinity_takes_nothing() -> None:
 
 @interpreted
 def test_rows_of_two_formats_are_refused() -> None:
-    cached = sequence(RowKind.PLAIN, "CSA", 0, torch.float32)
+    cached = sequence(PLAIN, "CSA", 0, torch.float32)
     arguments = cached.step([(0, 3)])
     other = RowFormat(RowKind.FP8_GROUPS, 80, 16)
     arguments["ring"] = RowPages.zeros(other, 1, 23, torch.device("cpu"))
     with pytest.raises(KernelError, match="must be stored as"):
         kernel()(**arguments)
+
+
+@interpreted
+def test_a_ring_shorter_than_the_window_is_refused() -> None:
+    arguments = sequence(PLAIN, "CSA", 0, torch.float32).step([(0, 3)])
+    with pytest.raises(KernelError, match="does not hold a window of 40"):
+        kernel()(**{**arguments, "window": 40})

@@ -15,7 +15,6 @@ from tests.kernels.interpreter import assert_equals_body, driver, interpreted, p
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full
-KINDS = (RowKind.PLAIN, RowKind.FP8_WHOLE)
 
 
 @driver
@@ -32,9 +31,15 @@ def test_equals_the_body() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.value)
-@pytest.mark.parametrize("base", [0, 500])
+@pytest.mark.parametrize(
+    ("kind", "base", "dtype"),
+    [
+        (RowKind.PLAIN, 0, torch.float32),
+        (RowKind.FP8_WHOLE, 0, torch.bfloat16),
+        (RowKind.PLAIN, 300, torch.bfloat16),
+        (RowKind.FP8_WHOLE, 300, torch.float32),
+    ],
+)
 def test_a_token_does_not_depend_on_chunks_or_batch(
     kind: RowKind, base: int, dtype: torch.dtype
 ) -> None:
@@ -45,9 +50,9 @@ def test_a_token_does_not_depend_on_chunks_or_batch(
     with poisoned():
         whole = run(**cached.step([(base, 40)]))
         assert torch.equal(whole, body(**cached.step([(base, 40)])))
-        for chunks in ([(base, 1), (base + 1, 39)], [(base, 26), (base + 26, 14)]):
-            assert torch.equal(torch.cat([run(**cached.step([c])) for c in chunks]), whole)
-            assert torch.equal(run(**cached.step(chunks)), whole)
+        chunks = [(base, 26), (base + 26, 14)]
+        assert torch.equal(torch.cat([run(**cached.step([c])) for c in chunks]), whole)
+        assert torch.equal(run(**cached.step(chunks)), whole)
         lanes = [(base + 39, 1), PADDING, (base + 7, 3), (base, 1), PADDING]
         got = run(**cached.step(lanes))
         assert torch.equal(got[[0, 2, 3, 4, 5]], whole[[39, 7, 8, 9, 0]])
@@ -58,11 +63,11 @@ def test_a_token_does_not_depend_on_chunks_or_batch(
 def test_scratch_memory_does_not_grow_with_the_chunk() -> None:
     from fourfold.kernels.triton import indexer
 
-    cached = CachedKeys.make(40, base=500)
-    whole = indexer.index_topk(**cached.step([(500, 40)]))
+    cached = CachedKeys.make(16, base=500)
+    whole = indexer.index_topk(**cached.step([(500, 16)]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexer, "WORKSPACE", 4 * 192 * 7)  # three pages of 64 rows, seven tokens
-        assert torch.equal(indexer.index_topk(**cached.step([(500, 40)])), whole)
+        assert torch.equal(indexer.index_topk(**cached.step([(500, 16)])), whole)
 
 
 def extreme(kind: str, scores: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ NAMES = (
 
 @interpreted
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("topk", [1, 7, 64, 100])
+@pytest.mark.parametrize("topk", [1, 64, 100])
 def test_choice_among_given_scores(name: str, topk: int) -> None:
     """One head, keys that are multiples of a unit vector: the scores are the keys' lengths."""
     from fourfold.kernels.triton import indexer
@@ -107,8 +112,10 @@ def test_choice_among_given_scores(name: str, topk: int) -> None:
     arguments["q"][0, 0, 0] = 1.0
     for sign in (1.0, -1.0):
         arguments["weights"] = torch.tensor([[sign]])
-        with poisoned():
-            assert torch.equal(indexer.index_topk(**arguments), body(**arguments))
+        for scan in (64, 512):  # the scores in several pieces, and in one
+            with poisoned(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(indexer, "SCAN", scan)
+                assert torch.equal(indexer.index_topk(**arguments), body(**arguments))
 
 
 @interpreted

@@ -138,11 +138,15 @@ def site(
     listener = bind("127.0.0.1", 0)
     found = Site(stub, serving, log, listener.getsockname()[1])
     server = _http(serving)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+
+    async def live() -> None:
+        await server.serve([listener])
+        await serving.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(live()), daemon=True)
     thread.start()
     try:
         yield found
     finally:
         # It leaves by itself; waiting for it would take most of a short test's time.
         server.should_exit = True
-        serving.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,19 +86,8 @@ def test_an_engine_without_grammars_refuses_by_name() -> None:
         assert (answer.status, answer.error["param"]) == (400, "structured_outputs")
 
 
-@pytest.mark.full
-def test_p3_p4_an_endless_grammar_holds_up_nobody(
-    web: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The checking process is stopped in time, and a fresh one takes the next grammar."""
-    monkeypatch.setattr("fourfold.server.grammars._SECONDS", 1.0)
-    monkeypatch.setattr(
-        "fourfold.server.grammars._BOOT",
-        "import sys, time, json\nfor line in sys.stdin:\n"
-        "    time.sleep(60 if 'endless' in line else 0)\n    print('null', flush=True)",
-    )
-    begin = time.monotonic()
-    answer = chat(web, structured_outputs={"regex": "endless"})
-    assert (answer.status, time.monotonic() - begin < 5) == (400, True)
-    assert "too expensive" in answer.error["message"]
-    assert chat(web, structured_outputs={"regex": "fine"}).status == 200
+def test_too_many_at_once_is_busy(web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fourfold.text.grammar_check.MAX_WAITING", 0)
+    answer = chat(web, response_format=FORMAT)
+    assert (answer.status, answer.error["code"]) == (429, "queue_full")
+    assert int(answer.headers["retry-after"]) >= 1

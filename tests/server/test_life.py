@@ -162,6 +162,13 @@ def test_p4_p7_p9_a_whole_life(tiny: Path, tmp_path: Path) -> None:
         )
         assert response.status == 200
         assert json.loads(response.read())["choices"][0]["finish_reason"] in ("stop", "length")
+        # Random weights obey a grammar.
+        body = {"messages": [{"role": "user", "content": "hi"}], "thinking": False}
+        choice = body | {"structured_outputs": {"choice": ["yes", "no"]}}
+        response = server.request("POST", "/v1/chat/completions", choice)
+        (answer,) = json.loads(response.read())["choices"]
+        assert answer["message"]["content"] in ("yes", "no")
+        assert answer["finish_reason"] == "stop"
         assert listeners([server.process.pid, *server.children]) == 1
         # SIGTERM: not ready at once, what runs goes on to its end.
         stream = server.stream(60)
@@ -259,7 +266,14 @@ def test_p8_a_wrong_checkpoint_never_serves_a_token(tiny: Path, tmp_path: Path) 
 
 def test_p7_a_signal_while_loading(tiny: Path, tmp_path: Path) -> None:
     with serving(tiny, tmp_path, ready=False) as server:
-        server.until(lambda: "on http://" in server.text)
+
+        def listens() -> bool:
+            try:
+                return server.health()[0] in (200, 503)
+            except OSError:
+                return False
+
+        server.until(listens)
         server.process.send_signal(signal.SIGTERM)
         assert server.exit() == 0
         server.until(lambda: gone(server.children))

@@ -57,6 +57,12 @@ def _signed_field(a: int, b: int) -> int:
     return value - (1 << size) if size and value >> (size - 1) else value
 
 
+def _signed_field64(a: int, b: int) -> int:
+    size = (b >> 16) & 127
+    value = (a >> (b & 63)) & ((1 << size) - 1)
+    return value - (1 << size) if size and value >> (size - 1) else value
+
+
 COMPARE = MappingProxyType(
     {
         "lt": lambda a, b: a < b,
@@ -181,6 +187,8 @@ def _wide(x: Instruction) -> Effect | None:
         "s_lshl_b64": lambda a, b: a << (b & 63),
         "s_lshr_b64": lambda a, b: a >> (b & 63),
         "s_ashr_i64": lambda a, b: signed64(a) >> (b & 63),
+        "s_bfe_i64": _signed_field64,
+        "s_bfe_u64": lambda a, b: (a >> (b & 63)) & ((1 << ((b >> 16) & 127)) - 1),
         "s_not_b64": lambda a, b: ~a,
         "s_mov_b64": lambda a, b: a,
     }

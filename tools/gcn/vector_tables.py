@@ -124,14 +124,14 @@ def extract_signed(a: Bits, b: Bits, c: Bits) -> Bits:
     size = (c & 31).astype(I64)
     value = (a >> (b & 31)).astype(I64) & ((1 << size) - 1)
     sign = 1 << np.maximum(size - 1, 0)
-    extended: Array = np.where(size > 0, (value ^ sign) - sign, 0)
-    return extended.astype(I32).view(U32)
+    extended = np.where(size > 0, (value ^ sign) - sign, 0).astype(I32)
+    return np.asarray(extended.view(U32), U32)
 
 
 def extract(a: Bits, b: Bits, c: Bits) -> Bits:
     """v_bfe_u32: c bits of a from bit b."""
     mask = (U64(1) << (c & 31).astype(U64)) - U64(1)
-    return (a >> (b & 31)) & mask.astype(U32)
+    return np.bitwise_and(a >> (b & 31), mask.astype(U32), dtype=U32)
 
 
 def align_bits(a: Bits, b: Bits, c: Bits) -> Bits:

@@ -525,11 +525,13 @@ def _unpacked(
         programs = min(-(-PROGRAMS * 8 // sequences), -(-blocks * geometry["RPP"] // UNPACK_ROWS))
         kinds.append((pages, compressed, (sequences, programs)))
     same = ("RATIO", "RING", "RPP", "DATA", "SCALE", "D", "N", "GROUP")
+    # The run's own rows lie in one page, whose size would make a variant for every batch.
+    page_bytes = (0, geometry["RING_PAGE"], geometry["PAGE"])
     for kind, (source, target, grid) in enumerate(kinds):
         _unpack[grid](
             source.storage, batch.block_table, batch.sequence_ids, batch.num_computed_tokens,
             batch.cu_seqlens_q, batch.state_slots, target, own.rows_per_page, blocks,
-            batch.block_table.stride(0), KIND=kind, WINDOW=window, PAGE=source.storage.stride(0),
+            batch.block_table.stride(0), KIND=kind, WINDOW=window, PAGE=page_bytes[kind],
             CAST=shape.cast, ROWS=UNPACK_ROWS, DC=chunk, CHUNKS=-(-dim // chunk), num_warps=4,
             **{name: geometry[name] for name in same},
         )  # fmt: skip

@@ -3,7 +3,7 @@
     streams   new X' = post·z + combᵀX, rounded and stored; its products with fn and Σ X'²
               a program: 64 dims of every stream and several times 16 tokens; 64 dims of one new stream
               and 16 tokens where there are few
-    finish    one program a token: pre, y = RMSNorm(Σ pre_i·X'_i);  one for 4 tokens: post, Sinkhorn
+    finish    one program a token: pre, y = RMSNorm(Σ pre_i·X'_i);  another: post, Sinkhorn
 
 `streams` leaves partial sums for each chunk of 64 dims, those of its streams added in order or left to
 `finish` to add in the same order, which adds up the chunks: fn is read by many programs at once however
@@ -33,8 +33,7 @@ DIMS = 64  # dims of each stream a chunk
 FEW_TOKENS = 16  # up to here every stream has programs of its own
 MANY_TOKENS = 1024  # from here on a program takes TILES times TOKENS, to read fn less often
 TILES = 4
-MIXERS = 4  # tokens a Sinkhorn program
-WARPS = (4, 4)  # of `_streams` and `_finish`
+MIXERS = 1  # tokens a Sinkhorn program
 # Sums must round alike in every variant of a kernel: nothing is contracted but explicit tl.fma.
 EXACT = {"enable_fp_fusion": False}
 
@@ -320,6 +319,11 @@ def _finish(
         )  # fmt: skip
 
 
+def _warps(streams: Tensor) -> int:
+    """Two: fn is two tiles of 16 rows. Float32 takes twice the registers."""
+    return 2 if streams.dtype == torch.bfloat16 else 4
+
+
 def _run_streams(
     streams: Tensor,
     fn: Tensor | None,
@@ -345,7 +349,7 @@ def _run_streams(
         _streams[(chunks * per, -(-tokens // (TOKENS * tiles)))](
             z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
             POST=post_step is not None, MIX=fn is not None, APART=apart, S=count, ROWS=rows,
-            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=WARPS[0], num_stages=1, **EXACT,
+            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=_warps(streams), num_stages=1, **EXACT,
         )  # fmt: skip
     return out, parts
 
@@ -371,7 +375,7 @@ def _run_finish(
             CHUNKS=triton.next_power_of_2(parts.shape[0]), PER=parts.shape[1], S=count, ROWS=rows,
             WIDTH=parts.shape[3],
             BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations, BD=DIMS,
-            num_warps=WARPS[1], **EXACT,
+            num_warps=_warps(streams) * (1 if dim <= 4096 else 2), **EXACT,
         )  # fmt: skip
     return y, post, comb
 

@@ -21,6 +21,7 @@ from fourfold.server.sampling import (
     sampling_params,
     stream_options,
 )
+from fourfold.server.structured import read_response_format, read_structured_outputs
 from fourfold.text import markers
 from fourfold.text.answer import Answer
 from fourfold.text.chat import ChatOptions, encode_chat, read_switches
@@ -34,7 +35,6 @@ from fourfold.text.events import (
     ToolCallStart,
     collect,
 )
-from fourfold.text.grammar import read_response_format, read_structured_outputs
 from fourfold.text.parse import TokenParser
 from fourfold.text.prompt import EncodedPrompt, PromptTokens
 

@@ -25,9 +25,9 @@ from fourfold.server.sampling import (
 )
 from fourfold.server.serving import Serving
 from fourfold.server.settings import MAX_PROMPTS
+from fourfold.server.structured import read_structured_outputs
 from fourfold.text.answer import Answer
 from fourfold.text.events import ContentDelta, Finish
-from fourfold.text.grammar import read_structured_outputs
 from fourfold.text.plain import PlainParser
 from fourfold.text.prompt import encode_fim
 
