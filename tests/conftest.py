@@ -10,6 +10,8 @@ import torch
 
 # transformers must never ask a hub for a file that a test wrote itself.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Processes that tests start share two cores with other tests.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 hypothesis.settings.register_profile("fourfold", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fourfold")

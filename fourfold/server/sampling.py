@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from fourfold.core.client import EngineInfo
-from fourfold.core.request import SamplingParams
+from fourfold.core.request import MAX_STOP_TOKENS, SamplingParams
 from fourfold.server.errors import bad_request, unsupported
-from fourfold.server.settings import MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS, MAX_STOPS
+from fourfold.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
 from fourfold.text.generation import GenerationDefaults
 
 
@@ -94,8 +94,8 @@ def sampling_params(
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The engine's parameters. Raises `RequestError` or 400, naming the field."""
-    if len(fields.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
-        raise bad_request(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids")
+    if len(fields.stop_token_ids or ()) > MAX_STOP_TOKENS:
+        raise bad_request(f"stop_token_ids must hold at most {MAX_STOP_TOKENS} ids")
     given: dict[str, Any] = {
         name: getattr(fields, name)
         for name in (

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from fourfold.core.client import EngineInfo
 from fourfold.core.errors import ConfigError
+from fourfold.core.request import MAX_STOP_TOKENS
 
 # Of a request: what one may ask for.
 MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1000
-MAX_STOP_TOKEN_IDS = 256
 MAX_ERROR_CHARACTERS = 500
 MAX_PROMPTS = 1024
 # Of a connection, beside its body.

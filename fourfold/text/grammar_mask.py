@@ -276,9 +276,9 @@ class GrammarMask:
 
     def _consume(self, token: int, tried: Sequence[int]) -> bool:
         """Take one more token after the committed ones and those `tried`; whether that went well."""
-        if self._matcher.try_consume_tokens([token]) == 1:
+        if self._matcher.consume_token(token):
             return True
-        return self._renew(tried) and self._matcher.try_consume_tokens([token]) == 1
+        return self._renew(tried) and self._matcher.consume_token(token)
 
     def _renew(self, tried: Sequence[int]) -> bool:
         """Replace a matcher that has failed, which it stays for ever; whether that was possible."""
