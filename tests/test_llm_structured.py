@@ -191,7 +191,7 @@ def test_a_grammar_that_cannot_go_on_ends_its_request_alone(
     assert {a.error for a in failed.outputs} == {"the grammar does not lead on: too much"}
     assert {a.finish_reason for a in free.outputs} <= {"length", "stop"}
     monkeypatch.undo()
-    assert _text(generate(llm, "b", asking(regex="[ab]{30}"))[0]) == alone  # fmt: skip
+    assert _text(generate(llm, "b", asking(regex="[ab]{30}"))[0]) == alone
 
 
 def test_engines_take_grammars_if_they_are_given_what_makes_masks(model: str, llm: LLM) -> None:

@@ -187,9 +187,9 @@ def bench_op(name: str, tokens: tuple[str, ...], json_file: Path | None, **flags
     sizes = _numbers("--tokens", tokens)
     if not sizes and NAMES.get(name) == "grouped_output":
         sizes = tuple(2**power for power in range(11))
-    given = {"tokens": sizes} if sizes else {}
-    records = []
-    for record in measure_op(name, OpSetting(**given, **flags)):
+    given: dict[str, Any] = {**flags, "tokens": sizes} if sizes else flags
+    records: list[dict[str, Any]] = []
+    for record in measure_op(name, OpSetting(**given)):
         records.append(record)
         short = {k: _rounded(v) for k, v in record.items()}
         click.echo(json.dumps(short, ensure_ascii=False))

@@ -127,7 +127,17 @@ engine_options = stacked(
             show_default=True,
             help="Share of a GPU's memory to use.",
         ),
-        click.option("--enforce-eager", is_flag=True, help="Capture no graphs (none are today)."),
+        click.option("--enforce-eager", is_flag=True, help="Capture no graphs of decode steps."),
+        click.option(
+            "--async-scheduling/--no-async-scheduling",
+            default=None,
+            help="Schedule a step while the one before runs.  [default: on a GPU]",
+        ),
+        click.option(
+            "--compile-cache",
+            metavar="DIR",
+            help="Kernels that `fourfold compile --cache-dir` has compiled for this GPU.",
+        ),
         click.option(
             "--kernel",
             "kernels",
@@ -202,6 +212,8 @@ def llm_arguments(flags: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "max_num_batched_tokens",
         "gpu_memory_utilization",
         "enforce_eager",
+        "async_scheduling",
+        "compile_cache",
         "enable_prefix_caching",
         "state_interval",
         "tensor_parallel_size",

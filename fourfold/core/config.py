@@ -368,7 +368,7 @@ class EngineConfig:
     `max_num_seqs` sequences and `max_num_batched_tokens` tokens; `gpu_memory_utilization` is the
     share of a GPU's memory to use; `kernels` forces a kernel by op name and is empty unless asked.
     `async_scheduling`: whether a step is scheduled while the one before runs (None: where there is a
-    GPU to run it).
+    GPU to run it). `compile_cache` is a directory of kernels that were compiled ahead of time.
     """
 
     model: str
@@ -379,6 +379,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    compile_cache: str | None = None
     num_speculative_tokens: int = 0
     expert_dtype: str = "auto"
     kernels: Mapping[str, str] = field(default_factory=FrozenDict)

@@ -182,10 +182,10 @@ class OpBench:
                     x = self.values(tokens, heads, HEAD_DIM)
                     positions = torch.arange(tokens, device=self.device)
                     expected = self.body(x, weights[0], positions, inv_freq).float()
-                    cost = Cost(
-                        "wo_a", "", weights[0].nbytes, flops=2.0 * tokens * groups * rank * size
-                    )
+                    flops = 2.0 * tokens * groups * rank * size
                     for kernel in self.chosen(all_of_them=True):
+                        rate = "fp8" if kernel.name.startswith("fp8") else "bf16"
+                        cost = Cost("wo_a", "", weights[0].nbytes, flops=flops, rate=rate)
                         few = weights if tokens <= 512 else weights[:2]
                         # The output may reuse its input's memory.
                         calls = [

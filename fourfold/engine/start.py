@@ -7,9 +7,11 @@ imported, so that an engine in the caller's process needs none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
-from fourfold.core.device import detect
+from fourfold.core.device import Device, Feature, detect
+from fourfold.core.errors import ConfigError
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel, load_model
@@ -61,6 +63,16 @@ def _storage(loaded: LoadedModel) -> tuple[str, ...]:
     return tuple(loaded.checkpoint.resolution.lines()) if loaded.checkpoint else ()
 
 
+def use_compiled(directory: str, device: Device) -> None:
+    """Take the kernels that `fourfold compile --cache-dir` put into `directory` for the rest of the
+    process. Raises `ConfigError` where none are used, `KernelError` for those of another build."""
+    if Feature.TRITON not in device.features:
+        raise ConfigError(f"--compile-cache {directory}: {device.name} runs no compiled kernels")
+    from fourfold.kernels import store
+
+    store.use(Path(directory, device.arch.name), device.arch)
+
+
 def start_engine(
     launch: Launch,
     progress: Callable[[str, int, int], None] | None = None,
@@ -68,7 +80,9 @@ def start_engine(
     masks: MaskMaker | None = None,
 ) -> tuple[Engine, EngineInfo]:
     """Find, load and allocate; `masks` as in `Engine`. Raises `FourfoldError`s."""
-    location = locate(launch.config.model)
-    loaded = load_model(location, launch.config, detect(launch.device), progress)
+    location, device = locate(launch.config.model), detect(launch.device)
+    if launch.config.compile_cache is not None:
+        use_compiled(launch.config.compile_cache, device)
+    loaded = load_model(location, launch.config, device, progress)
     engine = Engine(loaded, launch.config, launch.allowed_token_ids, on_step, masks)
     return engine, engine_info(engine, location)

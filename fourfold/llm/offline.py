@@ -61,6 +61,7 @@ class _Offline:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         enforce_eager: bool = False,
+        async_scheduling: bool | None = None,
         kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         num_gpu_blocks_override: int | None = None,
@@ -71,6 +72,7 @@ class _Offline:
         index_cache_dtype: str = "auto",
         state_interval: int = 4096,
         kernels: Mapping[str, str] | None = None,
+        compile_cache: str | None = None,
         chat_profile: str | None = None,
     ):
         """Arguments are the command line's flags of the same names; docs/OFFLINE.md has a table.
@@ -88,6 +90,8 @@ class _Offline:
             max_num_batched_tokens=max_num_batched_tokens,
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
+            compile_cache=compile_cache,
             num_speculative_tokens=num_drafts(speculative_config),
             expert_dtype=expert_dtype,
             kernels=kernels or {},

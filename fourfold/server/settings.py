@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from fourfold.core.client import EngineInfo
 from fourfold.core.errors import ConfigError
-from fourfold.core.request import MAX_STOP_TOKENS
 
 # Of a request: what one may ask for.
 MAX_STOPS = 32

@@ -1,0 +1,92 @@
+"""`fourfold bench decode|prefill|op` on a CPU with the tiny geometry: slow, and complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fourfold.cli import main
+
+pytestmark = pytest.mark.full
+
+TINY = ("--geometry", "tiny", "--layers", "4", "--device", "cpu", "--step-tokens", "128")
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(main, ["bench", *words])
+
+
+def document(result: Result, file: Path) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("drafts", ["0", "1"])
+def test_decode(tmp_path: Path, drafts: str) -> None:
+    file = tmp_path / "out" / "decode.json"
+    runs = ("--long-run", "5", "--steady-steps", "2", "--repeats", "1", "--drafts", drafts)
+    words = (*TINY, *runs, "--batch", "1,3", "--context", "40", "--json", str(file), "--details")
+    result = call("decode", *words)
+    found = document(result, file)
+    assert [each["batch"] for each in found["results"]] == [1, 3]
+    assert {choice["op"] for choice in found["plan"]} >= {"linear", "sparse_attention"}
+    assert found["weight_bytes"] == found["checkpoint_bytes"]
+    for each in found["results"]:
+        assert len(each["steady_ms_of_each_step"]) == 2
+        assert 0 < each["fraction_of_roofline"] < 1
+        profile = each["profile"]
+        assert sum(profile["kinds"].values()) == pytest.approx(profile["span_us"], rel=1e-3)
+        assert {"linear", "experts", "attention", "mhc"} <= profile["families"].keys()
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith(("    1 ", "    3 ")) for line in lines) == 2
+
+
+def test_prefill(tmp_path: Path) -> None:
+    file = tmp_path / "prefill.json"
+    words = (*TINY, "--context", "100", "--num-prompts", "3", "--repeats", "1", "--json", str(file))
+    result = call("prefill", *words)
+    found = document(result, file)
+    (one,) = found["results"]
+    assert one["steps"] == 3  # 300 tokens, 128 a step
+    assert one["tokens_per_s"] > 0
+    assert "tokens/s over 3 prompts" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("wo_a", "--shape", "2x128x256"),
+        ("linear", "--shape", "128x256", "--weights", "fp8"),
+        ("routed_experts", "--experts", "8", "--dim", "64", "--inner", "32"),
+    ],
+)
+def test_op(tmp_path: Path, words: tuple[str, ...]) -> None:
+    file = tmp_path / "op.json"
+    result = call("op", *words, "--tokens", "1,3", "--device", "cpu", "--json", str(file))
+    about, *found = document(result, file)
+    assert about["copy_TB_s"] > 0
+    assert [each["tokens"] for each in found] == [1, 3]
+    assert all(each["us"] > 0 and each["kernel"] == "body" for each in found)
+    assert len(result.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("decode", *TINY, "--batch", "x"), "--batch must be numbers"),
+        (("decode", *TINY, "--batch", "0"), "--batch must be at least 1"),
+        (("decode", *TINY, "--batch", "128"), "leave no room for prompts"),
+        (("decode", *TINY, "--batch", "1", "--kernel", "linear=nope"), "no such kernel"),
+        (("op", "softmax"), "bench op measures"),
+        (("op", "linear", "--shape", "3", "--device", "cpu"), "--shape must be NxK"),
+        (("op", "linear", "--kernel", "nope", "--device", "cpu"), "linear has body"),
+    ],
+)
+def test_mistakes_are_named(words: tuple[str, ...], expected: str) -> None:
+    result = call(*words)
+    assert result.exit_code == 2
+    assert expected in result.stderr
