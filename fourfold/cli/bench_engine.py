@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fourfold.cli.group import same_spelling
 from fourfold.cli.options import CACHE_DTYPES, _cache_dtype, _kernel_overrides, stacked
 from fourfold.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from fourfold.engine.benchmark import Setting
+
+_CACHE_CHOICE = click.Choice([same_spelling(name) for name in CACHE_DTYPES])
 
 _setting_options = stacked(
     [
@@ -46,7 +49,7 @@ _setting_options = stacked(
             show_default=True,
             help="Tokens a step.",
         ),
-        click.option("--kv-cache-dtype", type=click.Choice(CACHE_DTYPES), default="auto"),
+        click.option("--kv-cache-dtype", type=_CACHE_CHOICE, default="auto"),
         click.option(
             "--gpu-memory-utilization",
             "memory",
@@ -63,6 +66,9 @@ _setting_options = stacked(
             "json_file",
             type=click.Path(path_type=Path, dir_okay=False),
             help="Write the whole document, kernel plan included, to this file.",
+        ),
+        click.option(
+            "--profile/--no-profile", default=True, show_default=True, help="Where the time goes."
         ),
         click.option(
             "--details", is_flag=True, help="Op families, kernels and gaps of every line."
@@ -110,26 +116,31 @@ def bench_decode(
     repeats: int,
     json_file: Path | None,
     details: bool,
+    profile: bool,
     **flags: Any,
 ) -> None:
     """Time of a decode step: the difference of 66- and 2-token runs through the engine."""
-    from fourfold.engine import benchmark, benchmark_report
+    from fourfold.engine import benchmark
+    from fourfold.engine import benchmark_report as report
 
-    setting, shown = _setting(flags), 0
+    setting, shown = _setting(flags), ""
     sizes = _numbers("--batch", batches) or benchmark.BATCHES
 
-    def tell(document: dict[str, Any]) -> None:
+    def tell(document: dict[str, Any], result: dict[str, Any]) -> None:
         nonlocal shown
         _write(json_file, document)
-        lines = benchmark_report.decode_table(document).splitlines()
         if not shown:
-            click.echo(f"{benchmark_report.head(document)}\n\n{lines[0]}")
-        click.echo(lines[-1])
-        if details:
-            click.echo(benchmark_report.details(document["results"][-1]) + "\n")
-        shown += 1
+            click.echo(f"{report.head(document)}\n")
+        profiled = "profile" in result
+        head = report.PROFILE_HEAD if profiled else report.DECODE_HEAD
+        if shown != head:
+            click.echo(head)
+            shown = head
+        click.echo(report.profile_line(result) if profiled else report.decode_line(result))
+        if details and profiled:
+            click.echo(report.details(result) + "\n")
 
-    benchmark.decode(setting, sizes, context, repeats, tell)
+    benchmark.decode(setting, sizes, context, repeats, profile, tell)
 
 
 @click.command("prefill")
@@ -149,18 +160,21 @@ def bench_prefill(
     repeats: int,
     json_file: Path | None,
     details: bool,
+    profile: bool,
     **flags: Any,
 ) -> None:
     """Prompt tokens a second."""
-    from fourfold.engine import benchmark, benchmark_report
+    from fourfold.engine import benchmark
+    from fourfold.engine import benchmark_report as report
 
     setting = _setting(flags)
     count = prompts or max(1, 8 * setting.step_tokens // context)
-    document = benchmark.prefill(setting, context, count, repeats)
+    document = benchmark.prefill(setting, context, count, repeats, profile)
     _write(json_file, document)
-    click.echo(f"{benchmark_report.head(document)}\n\n{benchmark_report.prefill_table(document)}")
-    if details:
-        click.echo(benchmark_report.details(document["results"][-1]))
+    (result,) = document["results"]
+    click.echo(f"{report.head(document)}\n\n{report.prefill_line(result)}")
+    if details and profile:
+        click.echo(report.details(result))
 
 
 @click.command("op")

@@ -16,8 +16,8 @@ import importlib.metadata as metadata
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class MeasurementError(FourfoldError):
     exit_status = 1
 
 
-Tell = Callable[[dict[str, Any]], None]
+Tell = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -209,21 +209,34 @@ def decode(
     batches: tuple[int, ...],
     context: int,
     repeats: int = 2,
+    profile: bool = True,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Decode steps of each of `batches` sequences after prompts of `context` tokens.
 
-    `tell` hears the document as it stands after each batch. Raises `FourfoldError`s.
+    `tell(document, result)` hears of every batch, once it is measured and again once it is profiled.
+    Raises `FourfoldError`s.
     """
     most = max(_outputs(setting, batch, context) for batch in batches)
     bench = Bench(setting, max(batches), context + most)
-    document: dict[str, Any] = {"benchmark": "decode", **bench.about(), "context": context}
     results: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
+        "benchmark": "decode",
+        **bench.about(),
+        "context": context,
+        "results": results,
+    }
     for batch in batches:
-        results.append(_decode_batch(bench, batch, context, repeats))
+        results.append(_measure(bench, batch, context, repeats))
         if tell is not None:
-            tell({**document, "results": results})
-    return {**document, "results": results}
+            tell(document, results[-1])
+    # Afterwards: a recorder may go on costing time once it was used.
+    for result in results if profile else ():
+        prompts = bench.prompts(result["batch"], context)
+        result["profile"] = _profile(bench, prompts).as_dict()
+        if tell is not None:
+            tell(document, result)
+    return document
 
 
 def _outputs(setting: Setting, batch: int, context: int) -> int:
@@ -233,72 +246,75 @@ def _outputs(setting: Setting, batch: int, context: int) -> int:
     if left < 1:
         raise ConfigError(f"{batch} sequences leave no room for prompts in {setting.step_tokens}")
     starting = -(-batch * context // left) + 8
-    spare = WARM_STEPS + setting.steady_steps + TRACED_STEPS
+    spare = WARM_STEPS + max(setting.steady_steps, TRACED_STEPS)
     return max(setting.long_run, (starting + spare) * width)
 
 
-def _decode_batch(bench: Bench, batch: int, context: int, repeats: int) -> dict[str, Any]:
+def _measure(bench: Bench, batch: int, context: int, repeats: int) -> dict[str, Any]:
+    """Time of a step of `batch` sequences, in both ways, and its floor."""
     setting, width = bench.setting, 1 + bench.setting.drafts
     prompts = bench.prompts(batch, context)
-    steady, profile = _steady(bench, prompts, _outputs(setting, batch, context))
-    pairs = [
-        (bench.run(prompts, setting.long_run), bench.run(prompts, SHORT)) for _ in range(repeats)
-    ]
-    found = [
-        (
-            (long[0] - short[0]) / max(long[1] - short[1], 1),
-            (long[2] - short[2]),
-            long[0] - short[0],
-        )
-        for long, short in pairs
-    ]
-    seconds = statistics.median(each[0] for each in found)
-    speed = statistics.median(new / took for _, new, took in found)
+    steady = _steady(bench, prompts)
+    found = []
+    for _ in range(repeats):
+        long, short = bench.run(prompts, setting.long_run), bench.run(prompts, SHORT)
+        found.append([a - b for a, b in zip(long, short, strict=True)])
+    seconds = statistics.median(took / max(steps, 1) for took, steps, _ in found)
     work = Work(((context + setting.long_run // 2, width),) * batch, batch * width, setting.drafts)
     costs = step_costs(bench.loaded.config, setting.format, bench.formats, work)
     return {
         "batch": batch,
         "ms_per_step": seconds * 1e3,
-        "tokens_per_s": speed,
-        "ms_per_step_of_each_repeat": [each[0] * 1e3 for each in found],
+        "tokens_per_s": statistics.median(new / took for took, _, new in found),
+        "ms_per_step_of_each_repeat": [took / max(steps, 1) * 1e3 for took, steps, _ in found],
         "steady_ms_per_step": statistics.median(steady) * 1e3,
         "steady_ms_of_each_step": [took * 1e3 for took in steady],
         **against_floor(bench.ceilings, [costs], seconds),
-        "profile": profile.as_dict(),
     }
 
 
-def _steady(
-    bench: Bench, prompts: list[tuple[int, ...]], outputs: int
-) -> tuple[list[float], Profile]:
-    """Seconds of each of some steps in which all decode, and where the time of some more goes."""
-    engine = bench.engine
-    names = bench.add(prompts, outputs)
-    scheduler = engine.scheduler
+@contextmanager
+def _all_decoding(bench: Bench, prompts: list[tuple[int, ...]]) -> Iterator[None]:
+    """Meanwhile every step decodes all of `prompts`."""
+    engine, scheduler = bench.engine, bench.engine.scheduler
+    names = bench.add(prompts, _outputs(bench.setting, len(prompts), len(prompts[0])))
     while scheduler.num_waiting or not all(s.is_decoding for s in scheduler.running):
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()
-    times = []
     synchronize(bench.device)
-    for _ in range(bench.setting.steady_steps):
-        begin = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - begin)
-
-    def some() -> None:
-        for _ in range(TRACED_STEPS):
-            engine.step()
-
-    profile = bench.profile(some, TRACED_STEPS)
+    yield
     for name in names:
         engine.abort(name)
     while engine.has_work:
         engine.step()
-    return times, profile
 
 
-def prefill(setting: Setting, context: int, prompts: int, repeats: int = 2) -> dict[str, Any]:
+def _steady(bench: Bench, prompts: list[tuple[int, ...]]) -> list[float]:
+    """Seconds of each of some steps in which all decode."""
+    times = []
+    with _all_decoding(bench, prompts):
+        for _ in range(bench.setting.steady_steps):
+            begin = time.perf_counter()
+            bench.engine.step()
+            times.append(time.perf_counter() - begin)
+    return times
+
+
+def _profile(bench: Bench, prompts: list[tuple[int, ...]]) -> Profile:
+    """Where the time of some steps goes in which all decode."""
+
+    def some() -> None:
+        for _ in range(TRACED_STEPS):
+            bench.engine.step()
+
+    with _all_decoding(bench, prompts):
+        return bench.profile(some, TRACED_STEPS)
+
+
+def prefill(
+    setting: Setting, context: int, prompts: int, repeats: int = 2, profile: bool = True
+) -> dict[str, Any]:
     """Tokens a second over `prompts` prompts of `context` tokens. Raises `FourfoldError`s."""
     at_once = max(1, setting.step_tokens // context)
     bench = Bench(setting, min(prompts, at_once + 1), context + SHORT)
@@ -309,8 +325,6 @@ def prefill(setting: Setting, context: int, prompts: int, repeats: int = 2) -> d
     seconds = statistics.median(took for took, _, _ in runs)
     workspace = _peak_memory(bench.device) - before
     works = prefill_works(context, prompts, setting.step_tokens)
-    few = prefill_works(context, min(prompts, at_once), setting.step_tokens)
-    profile = bench.profile(lambda: bench.run(made[:at_once], 1), len(few))
     model, stored = bench.loaded.config, setting.format
     costs = [step_costs(model, stored, bench.formats, work) for work in works]
     result = {
@@ -321,8 +335,11 @@ def prefill(setting: Setting, context: int, prompts: int, repeats: int = 2) -> d
         "seconds_of_each_repeat": [took for took, _, _ in runs],
         "workspace_bytes": workspace,
         **against_floor(bench.ceilings, costs, seconds),
-        "profile": profile.as_dict(),
     }
+    if profile:
+        few = prefill_works(context, min(prompts, at_once), setting.step_tokens)
+        found = bench.profile(lambda: bench.run(made[:at_once], 1), len(few))
+        result["profile"] = found.as_dict()
     return {"benchmark": "prefill", **bench.about(), "context": context, "results": [result]}
 
 

@@ -34,36 +34,51 @@ def head(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def decode_table(document: dict[str, Any]) -> str:
-    """A line a batch."""
-    lines = [
-        f"{'batch':>5} {'ms/step':>9} {'steady':>9} {'tokens/s':>10} {'GB':>8} {'GFLOP':>9} "
-        f"{'floor ms':>9} {'of roof':>8} {'idle':>6}  {'matmul':>7} {'attn':>7} {'book':>7}"
-    ]
-    for each in document["results"]:
-        lines.append(
-            f"{each['batch']:>5} {each['ms_per_step']:>9.3f} {each['steady_ms_per_step']:>9.3f} "
-            f"{each['tokens_per_s']:>10.1f} {each['bytes'] / 1e9:>8.3f} "
-            f"{each['flops'] / 1e9:>9.3f} {each['floor_ms']:>9.3f} "
-            f"{each['fraction_of_roofline']:>8.1%} {_idle(each['profile']):>6.1%}  "
-            + " ".join(f"{share:>7.1%}" for share in _kinds(each["profile"]))
-        )
-    return "\n".join(lines)
+DECODE_HEAD = (
+    f"{'batch':>5} {'ms/step':>9} {'steady':>9} {'tokens/s':>10} {'GB':>8} {'GFLOP':>9} "
+    f"{'floor ms':>9} {'of roof':>8}"
+)
+PROFILE_HEAD = (
+    f"{'batch':>5} {'traced ms':>9} {'launches':>9} {'idle':>7} {'matmul':>7} {'attention':>10} "
+    f"{'bookkeeping':>12}"
+)
 
 
-def prefill_table(document: dict[str, Any]) -> str:
-    """One line: the speed, and its distance from the floor."""
-    lines = []
-    for each in document["results"]:
-        matmul, attention, rest = _kinds(each["profile"])
-        lines.append(
-            f"{each['tokens_per_s']:,.0f} tokens/s over {each['prompts']} prompts in "
-            f"{each['steps']} steps of {each['ms_per_step']:.2f} ms; floor {each['floor_ms']:.1f} ms "
-            f"in all, {each['fraction_of_roofline']:.1%} of roofline; idle "
-            f"{_idle(each['profile']):.1%}, matmul {matmul:.1%}, attention {attention:.1%}, "
-            f"bookkeeping {rest:.1%}; workspace {each['workspace_bytes'] / 2**20:.0f} MiB"
+def decode_line(result: dict[str, Any]) -> str:
+    """A batch's measurement, below `DECODE_HEAD`."""
+    return (
+        f"{result['batch']:>5} {result['ms_per_step']:>9.3f} {result['steady_ms_per_step']:>9.3f} "
+        f"{result['tokens_per_s']:>10.1f} {result['bytes'] / 1e9:>8.3f} "
+        f"{result['flops'] / 1e9:>9.3f} {result['floor_ms']:>9.3f} "
+        f"{result['fraction_of_roofline']:>8.1%}"
+    )
+
+
+def profile_line(result: dict[str, Any]) -> str:
+    """A batch's profile, below `PROFILE_HEAD`."""
+    profile = result["profile"]
+    matmul, attention, rest = _kinds(profile)
+    return (
+        f"{result['batch']:>5} {profile['span_us'] / 1e3:>9.3f} {profile['launches']:>9.0f} "
+        f"{_idle(profile):>7.1%} {matmul:>7.1%} {attention:>10.1%} {rest:>12.1%}"
+    )
+
+
+def prefill_line(result: dict[str, Any]) -> str:
+    """The speed, its distance from the floor, and where the time goes."""
+    line = (
+        f"{result['tokens_per_s']:,.0f} tokens/s over {result['prompts']} prompts in "
+        f"{result['steps']} steps of {result['ms_per_step']:.2f} ms; floor "
+        f"{result['floor_ms']:.1f} ms in all, {result['fraction_of_roofline']:.1%} of roofline; "
+        f"workspace {result['workspace_bytes'] / 2**20:.0f} MiB"
+    )
+    if "profile" in result:
+        matmul, attention, rest = _kinds(result["profile"])
+        line += (
+            f"; idle {_idle(result['profile']):.1%}, matmul {matmul:.1%}, attention "
+            f"{attention:.1%}, bookkeeping {rest:.1%}"
         )
-    return "\n".join(lines)
+    return line
 
 
 def details(result: dict[str, Any]) -> str:

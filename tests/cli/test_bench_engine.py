@@ -42,7 +42,7 @@ def test_decode(tmp_path: Path, drafts: str) -> None:
         assert sum(profile["kinds"].values()) == pytest.approx(profile["span_us"], rel=1e-3)
         assert {"linear", "experts", "attention", "mhc"} <= profile["families"].keys()
     lines = result.stdout.splitlines()
-    assert sum(line.startswith(("    1 ", "    3 ")) for line in lines) == 2
+    assert sum(line.startswith(("    1 ", "    3 ")) for line in lines) == 4
 
 
 def test_prefill(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,18 @@ def test_text_spells_no_special_token(masks: GrammarMasks) -> None:
     assert not allowed & set(TOKENIZER.special_tokens.values())
 
 
+def test_ids_that_nothing_is_known_of_are_never_allowed(masks: GrammarMasks) -> None:
+    mask = masks(Grammar("lark", 'start: <[*]> "z"'), SIZE)
+    allowed = ids(mask.allowed(())[0])
+    assert set(allowed) <= KNOWN < set(range(SIZE))
+    assert len(allowed) > 600
+    mask = masks(Grammar("lark", f'start: "z" <[{min(set(range(SIZE)) - KNOWN)}]>'), SIZE)
+    mask.commit(spelled("z"))
+    assert (mask.allowed(())[0] == -1).all()  # never empty; what is sampled there cannot stand
+    mask.commit(spelled("z"))
+    assert mask.failure == "the grammar does not lead on: no token fits"
+
+
 def test_blanks_are_bounded(masks: GrammarMasks) -> None:
     mask = masks(OBJECT, SIZE)
     mask.commit(spelled("{" + " " * 64))
@@ -250,7 +263,7 @@ def test_a_grammar_that_becomes_too_much_fails_where_it_does(
 DEEP = '{"items":' * MAX_SCHEMA_DEPTH + "{}" + "}" * MAX_SCHEMA_DEPTH
 PROPERTIES = {f"p{i}": {"type": "string"} for i in range(490)}
 WIDE = {"type": "object", "properties": {key: {} for key in PROPERTIES}}
-LONG = json.dumps({"anyOf": [WIDE] * 18})
+LONG = json.dumps({"anyOf": [WIDE] * 26}, separators=(",", ":"))  # 1 s of processor time
 
 
 @pytest.mark.parametrize(
@@ -376,6 +389,8 @@ def test_a_checker_survives_its_process_and_its_callers(monkeypatch: pytest.Monk
         await checking.check(JSON)
         process = checking._process
         assert process is not None
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert re.search(rf"Max address space +{grammar_check.MEMORY_BYTES} ", limits)
         process.kill()
         await process.wait()
         await checking.check(Grammar("regex", "a+"))

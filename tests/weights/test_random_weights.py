@@ -87,6 +87,8 @@ def test_a_weight_depends_on_its_name_and_the_seed_alone() -> None:
     for key, weight in few.items():
         assert torch.equal(dense(weight, torch.float32), dense(all_of_them[key], torch.float32))
         assert not torch.equal(dense(weight, torch.float32), dense(others[key], torch.float32))
+    same = [all_of_them[f"layers.{n}.attn.wkv.weight"] for n in range(2)]
+    assert not torch.equal(*(dense(weight, torch.float32) for weight in same))
 
 
 def _tiny() -> dict[str, Any]:
