@@ -43,7 +43,9 @@ def test_keys_nobody_knows_are_noted(tmp_path: Path) -> None:
 
 
 def test_compiled_kernels_are_refused_where_they_are_of_no_use(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"--compile-cache {tmp_path}: .*runs no compiled kernels"):
+    with pytest.raises(
+        ConfigError, match=f"--compile-cache {tmp_path}: .*runs no compiled kernels"
+    ):
         use_compiled(str(tmp_path), detect("cpu"))
     gpu = replace(detect("cpu"), arch=ARCHS["sm_90"])
     with pytest.raises(KernelError, match="is no cache of compiled kernels"):
