@@ -12,7 +12,7 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 # One process a core, one thread each (tests/conftest.py): small matrices gain nothing from more.
-PYTEST := $(PY) -m pytest -n auto
+PYTEST := $(PY) -m pytest -n auto --dist worksteal
 READY := $(VENV)/.ready
 DEMO := build/demo
 

@@ -110,6 +110,7 @@ def run(command: list[str]) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(compiled: tuple[Path, list[str]]) -> None:
     folder, command = compiled
     first, second = run(command), run(command)

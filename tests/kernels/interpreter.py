@@ -30,8 +30,9 @@ interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the interpret
 driver = pytest.mark.skipif(INTERPRETING, reason="starts the interpreter's process")
 
 
-def run(path: str) -> None:
-    """Run the tests of one file with the interpreter on; fail with their output."""
+def run(path: str, which: str = "not slow") -> None:
+    """Run the tests of one file with the interpreter on, those of the marks `which`; fail with their
+    output."""
     command = [
         sys.executable,
         "-m",
@@ -41,6 +42,8 @@ def run(path: str) -> None:
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        "-m",
+        which,
         path,
     ]
     env = {**os.environ, "TRITON_INTERPRET": "1"}

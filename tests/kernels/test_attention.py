@@ -33,6 +33,12 @@ def test_in_the_interpreter() -> None:
     interpreter.run(__file__)
 
 
+@driver
+@pytest.mark.slow
+def test_the_rest_in_the_interpreter() -> None:
+    interpreter.run(__file__, "slow")
+
+
 def kernel() -> Any:
     """Small spans, so that a few dozen rows are several of them."""
     from fourfold.kernels.triton import attention
@@ -67,10 +73,10 @@ PLAIN, FP8 = RowKind.PLAIN, RowKind.FP8_GROUPS
     [
         (FP8, "CSA", 0, torch.bfloat16),
         (FP8, "CSA", 3000, torch.bfloat16),
-        (PLAIN, "CSA", 3000, torch.bfloat16),
-        (FP8, "CSA", 40, torch.float32),
+        pytest.param(PLAIN, "CSA", 3000, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(FP8, "CSA", 40, torch.float32, marks=pytest.mark.slow),
         (PLAIN, "HCA", 3000, torch.float32),
-        (FP8, "HCA", 100, torch.bfloat16),
+        pytest.param(FP8, "HCA", 100, torch.bfloat16, marks=pytest.mark.slow),
         (FP8, "window", 9, torch.bfloat16),
         (PLAIN, "window", 0, torch.float32),
     ],

@@ -337,7 +337,7 @@ def test_render_shows_what_the_engine_gets(web: Site) -> None:
         ({"stop": ["x"] * 33}, "stop", "32"),
         ({"stop": "x" * 1001}, "stop", "1000"),
         ({"stop_token_ids": [9999]}, "stop_token_ids", "vocabulary"),
-        ({"stop_token_ids": [1] * 300}, "stop_token_ids", "256"),
+        ({"stop_token_ids": [1] * 300}, "stop_token_ids", "63"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "vocabulary"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
