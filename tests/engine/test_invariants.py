@@ -359,7 +359,9 @@ def test_preempted_at_every_step_equals_never_preempted(
     assert got.same(expected)
 
 
-@pytest.mark.parametrize(("drafts", "overlap"), [(0, False), (2, True)])
+@pytest.mark.parametrize(
+    ("drafts", "overlap"), [pytest.param(0, False, marks=pytest.mark.slow), (2, True)]
+)
 def test_crowding_preempts_and_changes_nothing(
     loaded: LoadedModel, drafts: int, overlap: bool
 ) -> None:

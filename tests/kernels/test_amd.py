@@ -46,7 +46,9 @@ def test_machine_code_gives_what_the_body_gives(name: str, most: int | None, op:
     arch, dtype = ARCHS[name], torch.bfloat16
     for kernel in (k for k in kernels_of(arch) if k.op == op.name):
         ran: dict[str, int] = {}
-        for case in list(cases(op, dtype))[:most]:
+        for case in cases(op, dtype):
+            if most is not None and len(ran) >= most:
+                break
             ours, theirs = copied(case.arguments), copied(case.arguments)
             expected = getattr(BODIES, kernel.op)(**theirs)
             with emulated(arch) as counts, poisoned():

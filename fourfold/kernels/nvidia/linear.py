@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fourfold.core.device import Feature
 from fourfold.kernels.nvidia.overlap import after_previous
+from fourfold.kernels.nvidia.version import other_triton
 from fourfold.kernels.triton.linear import Operands, linear
 from fourfold.kernels.triton.shared import shared_expert
 from fourfold.ops.registry import Kernel
@@ -196,6 +197,7 @@ KERNELS = (
         partial(linear, products=products),
         _NEEDS,
         priority=20,
+        supports=other_triton,
     ),
     Kernel(
         "shared_expert",
@@ -203,5 +205,6 @@ KERNELS = (
         partial(shared_expert, products=products),
         _NEEDS,
         priority=20,
+        supports=other_triton,
     ),
 )
