@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fourfold.cli.group import same_spelling
-from fourfold.cli.options import CACHE_DTYPES, _cache_dtype, _kernel_overrides, stacked
+from fourfold.cli.options import CACHE_DTYPES, cache_dtype_of, kernel_overrides, stacked
 from fourfold.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -223,8 +223,8 @@ def _setting(flags: dict[str, Any]) -> Setting:
     given["layers"] = flags["layers"] or None
     if flags["geometry"] == "tiny" and given["layers"]:
         given["layers"] = min(given["layers"], 6)
-    given["kernels"] = _kernel_overrides(flags["kernels"])
-    given["kv_cache_dtype"] = _cache_dtype(flags["kv_cache_dtype"])
+    given["kernels"] = kernel_overrides(flags["kernels"])
+    given["kv_cache_dtype"] = cache_dtype_of(flags["kv_cache_dtype"])
     return Setting(**given)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fourfold.cli.group import same_spelling
-from fourfold.cli.options import CACHE_DTYPES, _cache_dtype, _kernel_overrides
+from fourfold.cli.options import CACHE_DTYPES, cache_dtype_of, kernel_overrides
 from fourfold.core.config import MODEL_DTYPES, CacheConfig, EngineConfig
 from fourfold.core.errors import ConfigError
 
@@ -80,10 +80,10 @@ def compile_(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         num_speculative_tokens=num_speculative_tokens,
-        kernels=_kernel_overrides(kernels),
+        kernels=kernel_overrides(kernels),
         cache=CacheConfig(
-            kv_cache_dtype=_cache_dtype(kv_cache_dtype),
-            index_cache_dtype=_cache_dtype(index_cache_dtype),
+            kv_cache_dtype=cache_dtype_of(kv_cache_dtype),
+            index_cache_dtype=cache_dtype_of(index_cache_dtype),
         ),
     )
     subject = _subject(model, geometry, engine)

@@ -222,9 +222,9 @@ def llm_arguments(flags: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "model": model,
         "seed": seed,
         "expert_dtype": flags["expert_dtype"].replace("-", "_"),
-        "kv_cache_dtype": _cache_dtype(flags["kv_cache_dtype"]),
-        "index_cache_dtype": _cache_dtype(flags["index_cache_dtype"]),
-        "kernels": _kernel_overrides(flags["kernels"]),
+        "kv_cache_dtype": cache_dtype_of(flags["kv_cache_dtype"]),
+        "index_cache_dtype": cache_dtype_of(flags["index_cache_dtype"]),
+        "kernels": kernel_overrides(flags["kernels"]),
         "speculative_config": _speculative_config(flags),
     }
 
@@ -256,12 +256,14 @@ def _speculative_config(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     return config
 
 
-def _cache_dtype(name: str) -> str:
+def cache_dtype_of(name: str) -> str:
+    """What the engine calls a cache dtype of any spelling."""
     spelled = name.replace("-", "_")
     return CACHE_DTYPE_ALIASES.get(spelled, spelled)
 
 
-def _kernel_overrides(pairs: Sequence[str]) -> dict[str, str]:
+def kernel_overrides(pairs: Sequence[str]) -> dict[str, str]:
+    """Kernel names by op, from OP=NAME pairs. Raises `ConfigError`."""
     overrides: dict[str, str] = {}
     for pair in pairs:
         op, equals, name = pair.partition("=")
