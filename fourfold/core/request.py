@@ -21,13 +21,17 @@ MAX_BIASES = 1024
 MAX_STOP_TOKENS = 63  # and the end-of-sequence token
 
 
+# What `RequestOutput.error` says of an engine fault; any other text is about the request itself.
+NOT_FINITE = "the model's numbers were not finite"
+
+
 class FinishReason(Enum):
     """Why a request ended."""
 
     STOP = "stop"  # an end-of-sequence token, a stop token or (found by the front) a stop string
     LENGTH = "length"  # max_tokens or the context's end reached
     ABORT = "abort"  # its client asked
-    ERROR = "error"  # its logits were not finite
+    ERROR = "error"  # its numbers were not finite, or it could not go on; `error` says which
 
 
 def _expect(ok: bool, name: str, expected: str, found: object) -> None:

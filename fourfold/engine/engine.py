@@ -27,7 +27,7 @@ from fourfold.cache.prefix import PrefixCache
 from fourfold.core.client import StepInfo
 from fourfold.core.config import EngineConfig
 from fourfold.core.errors import RequestError
-from fourfold.core.request import FinishReason, Request, RequestOutput
+from fourfold.core.request import NOT_FINITE, FinishReason, Request, RequestOutput
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.capacity import Capacity, engine_row_formats
 from fourfold.engine.graphs import DecodeGraphs, capture_sizes
@@ -277,8 +277,7 @@ class Engine:
         standing, tokens, nonfinite, drafts, _, prompt_logprobs, image = result
         if nonfinite:
             self._end(sequence)
-            error = "the model's numbers were not finite"
-            return self._output(sequence, RunResult(0), FinishReason.ERROR, error=error)
+            return self._output(sequence, RunResult(0), FinishReason.ERROR, error=NOT_FINITE)
         if prompt_logprobs:
             begin = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs[begin:] = prompt_logprobs

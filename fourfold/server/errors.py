@@ -13,6 +13,7 @@ from typing import Any
 
 from fourfold.core.client import EngineClosedError, EngineDeadError
 from fourfold.core.errors import CapacityError, FourfoldError, RequestError
+from fourfold.core.request import NOT_FINITE
 from fourfold.server.settings import MAX_ERROR_CHARACTERS
 from fourfold.text.grammar_check import GrammarsBusyError
 
@@ -83,6 +84,14 @@ def unavailable(message: str, retry_after: int, code: str) -> ApiError:
 def engine_fault(message: str, code: str) -> ApiError:
     """500: the engine failed, not the request."""
     return ApiError(500, message, "server_error", code=code)
+
+
+def failed_answer(error: str | None) -> ApiError:
+    """For an answer that ended in an error: a 500 if the engine was at fault, a 400 if the request
+    could not go on, as when its grammar leads nowhere."""
+    if error is None or error == NOT_FINITE:
+        return engine_fault(f"engine fault: {error or 'no reason was given'}", "nonfinite_logits")
+    return ApiError(400, error, code="answer_failed")
 
 
 def from_failure(error: Exception) -> ApiError:

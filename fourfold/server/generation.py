@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from fourfold.core.errors import FourfoldError
 from fourfold.core.request import (
+    NOT_FINITE,
     FinishReason,
     Grammar,
     Request,
@@ -284,7 +285,7 @@ class Generation:
 
     def _ended(self, answer: Answer, events: Sequence[Event]) -> None:
         reason = next((e.reason for e in reversed(events) if isinstance(e, Finish)), "error")
-        self.serving.metrics.ended(reason, nonfinite=answer.reason is FinishReason.ERROR)
+        self.serving.metrics.ended(reason, nonfinite=answer.error == NOT_FINITE)
         self.serving.metrics.answer_size.observe(answer.num_tokens)
 
     def _close(self, how: str) -> None:

@@ -458,6 +458,32 @@ def test_p1_p3_hostile_neighbours_change_nothing(web: Site) -> None:
 # ---- failures of the engine
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}),
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 9}),
+        ("/v1/responses", {"input": "hello"}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 9, "model": "stub/model"}),
+    ],
+)
+def test_p2_an_answer_that_cannot_go_on_is_no_fault_of_the_engine(
+    web: Site, path: str, body: dict[str, Any]
+) -> None:
+    """As when a grammar leads nowhere: 400 with its reason, and no answer is counted as not finite."""
+    web.engine.fails = "the grammar does not lead on: it ends here"
+    answer = web.post(path, **body)
+    assert answer.status == 400
+    assert "does not lead on" in answer.error["message"]
+    stream = web.post(path, **body, stream=True)
+    assert stream.status == 200
+    assert "does not lead on" in stream.body.decode()
+    assert "engine fault" not in stream.body.decode()
+    assert "nonfinite_logits_total 0.0" in web.get("/metrics").body.decode()
+    web.engine.fails = None
+    healthy(web)
+
+
 def test_p1_numbers_that_are_not_finite_end_one_request_by_name(web: Site) -> None:
     web.engine.fails = "the model's numbers were not finite"
     answer = web.post("/v1/chat/completions", messages=HELLO)

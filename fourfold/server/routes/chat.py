@@ -12,7 +12,7 @@ from fourfold.core.errors import FourfoldError
 from fourfold.core.request import FinishReason, Grammar
 from fourfold.server import sse
 from fourfold.server.call import Call
-from fourfold.server.errors import bad_request, engine_fault, from_failure, unsupported
+from fourfold.server.errors import bad_request, failed_answer, from_failure, unsupported
 from fourfold.server.generation import Generation, Job, Piece
 from fourfold.server.sampling import (
     SamplingFields,
@@ -259,7 +259,7 @@ class _Reply:
         self.reasons: list[str] = []
 
     async def whole(self) -> dict[str, Any]:
-        """The response. Raises 500 for an answer whose numbers were not finite."""
+        """The response. Raises what `failed_answer` makes of an answer that failed."""
         generation = self._generation
         events: list[list[Event]] = [[] for _ in generation.answers]
         logprobs: list[dict[str, Any] | None] = [None for _ in generation.answers]
@@ -276,7 +276,7 @@ class _Reply:
         choices = []
         for index, answer in enumerate(generation.answers):
             if answer.reason is FinishReason.ERROR:
-                raise engine_fault(f"engine fault: {answer.error}", "nonfinite_logits")
+                raise failed_answer(answer.error)
             message = collect(events[index])
             self.reasons.append(message.finish_reason or "error")
             choices.append(
@@ -311,9 +311,7 @@ class _Reply:
                     answer = generation.answers[piece.index]
                     fault = answer if answer.reason is FinishReason.ERROR else fault
             if fault is not None:
-                yield sse.data(
-                    engine_fault(f"engine fault: {fault.error}", "nonfinite_logits").body
-                )
+                yield sse.data(failed_answer(fault.error).body)
         except FourfoldError as error:
             if not begun:
                 raise  # nothing has been sent: it can be an ordinary answer

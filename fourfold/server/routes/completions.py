@@ -13,7 +13,7 @@ from fourfold.core.request import MAX_LOGPROBS, FinishReason
 from fourfold.server import sse
 from fourfold.server.admission import Ticket
 from fourfold.server.call import Call
-from fourfold.server.errors import bad_request, engine_fault, from_failure, unsupported
+from fourfold.server.errors import bad_request, failed_answer, from_failure, unsupported
 from fourfold.server.generation import Generation, Job, Piece, Usage, merged
 from fourfold.server.logprobs import CompletionLogprobs, joined
 from fourfold.server.sampling import (
@@ -235,7 +235,7 @@ class _Reply:
         return [choice.reason for choice in self._choices if choice.reason is not None]
 
     async def whole(self) -> dict[str, Any]:
-        """The response. Raises 500 for an answer whose numbers were not finite."""
+        """The response. Raises what `failed_answer` makes of an answer that failed."""
         async with aclosing(merged([g.pieces() for g in self.generations])) as pieces:
             async for number, piece in pieces:
                 self._take(number, piece)
@@ -243,7 +243,7 @@ class _Reply:
         for index, choice in enumerate(self._choices):
             answer = self._answer(index)
             if answer.reason is FinishReason.ERROR:
-                raise engine_fault(f"engine fault: {answer.error}", "nonfinite_logits")
+                raise failed_answer(answer.error)
             choices.append(
                 {
                     "index": index,
@@ -280,7 +280,7 @@ class _Reply:
                     sent = True
                     yield sse.data(chunk)
             if fault is not None:
-                body = engine_fault(f"engine fault: {fault.error}", "nonfinite_logits").body
+                body = failed_answer(fault.error).body
                 yield sse.data(body)
         except FourfoldError as error:
             if not sent:

@@ -16,7 +16,7 @@ from fourfold.core.errors import FourfoldError
 from fourfold.core.request import FinishReason
 from fourfold.server import sse
 from fourfold.server.call import Call
-from fourfold.server.errors import ApiError, bad_request, engine_fault, from_failure, unsupported
+from fourfold.server.errors import ApiError, bad_request, failed_answer, from_failure, unsupported
 from fourfold.server.generation import Generation, Usage
 from fourfold.server.routes.chat import ChatRequest, chat_job, read_chat
 from fourfold.server.sections import Change, Kind, Section, Sections
@@ -259,13 +259,13 @@ class _Reply:
         return [self._sections.finish.reason] if self._sections.finish else []
 
     async def whole(self) -> dict[str, Any]:
-        """The message. Raises 500 if its numbers were not finite."""
+        """The message. Raises what `failed_answer` makes of one that failed."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 self._sections.feed(piece.events)
         answer = self._generation.answers[0]
         if answer.reason is FinishReason.ERROR:
-            raise engine_fault(f"engine fault: {answer.error}", "nonfinite_logits")
+            raise failed_answer(answer.error)
         content = [_block(section) for section in self._sections.all if section.complete]
         return {**self._head, "content": content, **self._end(), "usage": self._usage()}
 
@@ -285,7 +285,7 @@ class _Reply:
                         yield sse.named(str(event["type"]), event)
             answer = self._generation.answers[0]
             if answer.reason is FinishReason.ERROR:
-                raise engine_fault(f"engine fault: {answer.error}", "nonfinite_logits")
+                raise failed_answer(answer.error)
         except (FourfoldError, ApiError) as error:
             if not started:
                 raise  # nothing has been sent: it can be an ordinary answer

@@ -13,7 +13,7 @@ from fourfold.core.errors import FourfoldError
 from fourfold.core.request import FinishReason
 from fourfold.server import sse
 from fourfold.server.call import Call
-from fourfold.server.errors import ApiError, bad_request, engine_fault, from_failure, unsupported
+from fourfold.server.errors import ApiError, bad_request, failed_answer, from_failure, unsupported
 from fourfold.server.generation import Generation
 from fourfold.server.routes.chat import Chat, ChatRequest, chat_job, read_chat
 from fourfold.server.sections import Change, Kind, Section, Sections
@@ -256,11 +256,11 @@ class _Reply:
         return [self._sections.finish.reason] if self._sections.finish else []
 
     async def whole(self) -> dict[str, Any]:
-        """The response. Raises 500 if its numbers were not finite."""
+        """The response. Raises what `failed_answer` makes of one that failed."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 self._sections.feed(piece.events)
-        self._expect_finite()
+        self._expect_answered()
         return self._response(self._status())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -277,7 +277,7 @@ class _Reply:
                     for change in self._sections.feed(piece.events):
                         for event in self._section_events(*change):
                             yield event
-            self._expect_finite()
+            self._expect_answered()
         except (FourfoldError, ApiError) as error:
             if not started:
                 raise  # nothing has been sent: it can be an ordinary answer
@@ -289,10 +289,10 @@ class _Reply:
         status = self._status()
         yield self._event(f"response.{status}", response=self._response(status))
 
-    def _expect_finite(self) -> None:
+    def _expect_answered(self) -> None:
         answer = self._generation.answers[0]
         if answer.reason is FinishReason.ERROR:
-            raise engine_fault(f"engine fault: {answer.error}", "nonfinite_logits")
+            raise failed_answer(answer.error)
 
     def _status(self) -> str:
         finish = self._sections.finish
