@@ -11,8 +11,10 @@ gives without capture. Steps with prompts in them are not captured: their shapes
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +36,19 @@ def capture_sizes(most: int) -> tuple[int, ...]:
     """Batch sizes to capture for up to `most` sequences."""
     steps = range(SIZES[-1], most, 64)
     return tuple(sorted({min(size, most) for size in (*SIZES, *steps, most)}))
+
+
+@contextmanager
+def _nothing_freed_meanwhile() -> Iterator[None]:
+    """Keeps the cycle collector out: freeing another engine's graph breaks a capture under way."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CudaRecorder:
@@ -115,10 +130,11 @@ class DecodeGraphs:
         logits = torch.zeros(shape, dtype=torch.float32, device=runner.device)
         self._sizes = sorted(sizes)
         # The largest first: the smaller ones then find all their memory in its.
-        graphs = {
-            size: DecodeGraph(runner, size, slots, logits, record) for size in reversed(self._sizes)
-        }
-        self._graphs = graphs
+        with _nothing_freed_meanwhile():
+            self._graphs = {
+                size: DecodeGraph(runner, size, slots, logits, record)
+                for size in reversed(self._sizes)
+            }
 
     def find(self, runs: Seq[Run]) -> DecodeGraph | None:
         """The step to replay for `runs`; None if they are not all decodes with all their drafts."""

@@ -19,6 +19,7 @@ from fourfold.core.errors import ConfigError
 from fourfold.core.parameters import EXPERT_ROLES, parameters
 from fourfold.core.tensor import Weight, named_dtype
 from fourfold.dist.comm import SingleComm
+from fourfold.engine.streams import beside
 from fourfold.model.v4 import DeepseekV4
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import KernelPlan
@@ -78,7 +79,7 @@ def load_model(
         notes.append(f"unusual weights: {len(outliers) - MOST_OUTLIERS} more")
     _prepare(loaded, reading.config, plan)
     return LoadedModel(
-        DeepseekV4(reading.config, loaded, plan, SingleComm()),
+        DeepseekV4(reading.config, loaded, plan, SingleComm(), beside(device.torch_device)),
         reading.config,
         dtype,
         device,
@@ -103,7 +104,7 @@ def random_model(
     made = random_parameters(model, weights, device.torch_device, dtype, config.seed)
     _prepare(made, model, plan)
     return LoadedModel(
-        DeepseekV4(model, made, plan, SingleComm()),
+        DeepseekV4(model, made, plan, SingleComm(), beside(device.torch_device)),
         model,
         dtype,
         device,

@@ -99,6 +99,7 @@ class Attention:
     def __init__(self, context: Context, p: Parameters, ratio: int, name: str):
         c = context.config
         self.ops, self.comm, self.config = context.ops, context.comm, c
+        self.beside = context.beside
         self.ratio, self.name = ratio, name
         theta, scaling = (c.compress_rope_theta, c.rope_scaling) if ratio else (c.rope_theta, None)
         sink = p.tensor(Role.ATTN_SINK)
@@ -114,7 +115,13 @@ class Attention:
     def __call__(self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes) -> Tensor:
         """`y [T, D]` → `[T, D]`; reads and writes the layer's state."""
         ops, c, eps = self.ops, self.config, self.config.rms_norm_eps
+        compressor, indexer, main = self.compressor, self.indexer, state.main
+        compressed = listed = None
+        if compressor and main:
+            compressed = self.beside(lambda: compressor(y, batch, main))
         qr = ops.rms_norm(ops.linear(y, self.wq_a), self.q_norm, eps)
+        if indexer and (keys := state.indexer):
+            listed = self.beside(lambda: indexer(y, qr, batch, keys, note))
         q = ops.linear(qr, self.wq_b).unflatten(-1, (-1, c.head_dim))
         q = ops.query_norm_rope(q, batch.positions, self.inv_freq, eps)
         note(f"{self.name}.q", q)
@@ -127,14 +134,18 @@ class Attention:
             state.ring.format,
         )
         note(f"{self.name}.kv", own.data()[0])
-        pages = listed = None
-        if self.compressor and state.main:
-            note(f"{self.name}.compressed", self.compressor(y, batch, state.main).data()[0])
-            pages = state.main.pages
-        if self.indexer and state.indexer:
-            listed = self.indexer(y, qr, batch, state.indexer, note)
+        if compressed:
+            note(f"{self.name}.compressed", compressed().data()[0])
         attended = ops.sparse_attention(
-            q, self.sink, own, state.ring, pages, listed, batch, c.sliding_window, self.ratio
+            q,
+            self.sink,
+            own,
+            state.ring,
+            main.pages if main else None,
+            listed() if listed else None,
+            batch,
+            c.sliding_window,
+            self.ratio,
         )
         ops.store_rows(state.ring, own, batch.ring_slots)
         note(f"{self.name}.attended", attended)

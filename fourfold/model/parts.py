@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +21,23 @@ from fourfold.ops.mhc import Site
 from fourfold.ops.registry import KernelPlan
 
 Observer = Callable[[str, Tensor], None]
+Result = TypeVar("Result")
+
+
+class Beside(Protocol):
+    """Starts `work` beside what the caller does next; the call returned joins it and gives its result.
+
+    Until then the work may run at any moment: it shares no output with what the caller does, and what
+    it reads must live on. It is always joined.
+    """
+
+    def __call__(self, work: Callable[[], Result]) -> Callable[[], Result]: ...
+
+
+def in_turn(work: Callable[[], Result]) -> Callable[[], Result]:
+    """`Beside` where nothing runs side by side: the work is done at once."""
+    result = work()
+    return lambda: result
 
 
 class Parameters:
@@ -55,6 +73,7 @@ class Context:
     config: ModelConfig
     ops: KernelPlan
     comm: Comm
+    beside: Beside = in_turn
 
 
 class Notes:

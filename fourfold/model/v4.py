@@ -25,12 +25,14 @@ from fourfold.dist.comm import Comm
 from fourfold.model.block import Block
 from fourfold.model.mtp import MTPLayer
 from fourfold.model.parts import (
+    Beside,
     Context,
     ForwardOutput,
     Head,
     Notes,
     Observer,
     Parameters,
+    in_turn,
     run_sublayers,
 )
 from fourfold.ops.registry import KernelPlan
@@ -50,7 +52,8 @@ class Embedding:
 
 
 class DeepseekV4:
-    """The model. `parameters` maps logical parameter names (core/parameters.py) to weights."""
+    """The model. `parameters` maps logical parameter names (core/parameters.py) to weights; `beside`
+    may run independent work of a layer side by side."""
 
     def __init__(
         self,
@@ -58,8 +61,9 @@ class DeepseekV4:
         parameters: Mapping[str, Weight],
         ops: KernelPlan,
         comm: Comm,
+        beside: Beside = in_turn,
     ):
-        context = Context(config, ops, comm)
+        context = Context(config, ops, comm, beside)
         p = Parameters(parameters)
         self.config, self.ops = config, ops
         self.embed = Embedding(context, p)
