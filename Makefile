@@ -14,6 +14,9 @@ PY := $(VENV)/bin/python
 # One process a core, one thread each (tests/conftest.py): small matrices gain nothing from more.
 PYTEST := $(PY) -m pytest -n auto --dist worksteal
 READY := $(VENV)/.ready
+comma := ,
+# Parts of pyproject.toml to install; what was installed once stays.
+EXTRAS := dev,peers$(if $(filter test-all,$(MAKECMDGOALS)),$(comma)evals)
 DEMO := build/demo
 
 # The choices named by the user this time; the others stay as they were when .venv was made.
@@ -26,7 +29,7 @@ help:
 	@echo "make demo       write a tiny synthetic checkpoint, load it, generate from it (CPU, no download of weights)"
 	@echo "make check      lint, formatting, types, house rules and the fast tests: before every commit"
 	@echo "make test       the tests, parity with transformers included (under 10 minutes on 2 cores)"
-	@echo "make test-all   every test that needs no GPU"
+	@echo "make test-all   every test that needs no GPU; installs lm_eval too (about 500 MB)"
 	@echo "make bench      measure generation on a tiny synthetic checkpoint; prints JSON lines"
 	@echo "make clean      remove what these targets made, .venv included"
 	@echo
@@ -37,11 +40,11 @@ help:
 	@echo "  ARGS='-k name -x'       more arguments for pytest"
 
 $(READY): pyproject.toml tools/setup_venv.py
-	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --ready $(READY) --extras dev,peers \
+	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --ready $(READY) --extras $(EXTRAS) \
 	    --torch '$(TORCH)' --system-torch '$(SYSTEM_TORCH)' --named '$(NAMED)'
 
-# A choice named on the command line is always compared with what .venv was made from.
-ifneq ($(strip $(NAMED)),)
+# A choice named on the command line, or more to install, is always compared with what .venv has.
+ifneq ($(strip $(NAMED) $(filter test-all,$(MAKECMDGOALS))),)
 $(READY): force
 endif
 force:

@@ -13,10 +13,10 @@ drafts, committing tokens, making `RequestOutput`s, and encoding them as frames.
 the CPU, so copying to and from them is counted at the CPU's price.
 
 Not counted, because a stub stands in that returns tensors made beforehand: the forward passes of model
-and draft layer, and the four ops of sampling (`adjust_logits`, `sample`, `count_accepted`,
-`nonfinite_sequences`). Logits are 16 wide and streams 4 × 8. Not counted either, since it does not
-happen in the measured steps: requests that start or end, images of state, penalties, log
-probabilities, and sending the frames.
+and draft layer, and the ops of sampling (`adjust_logits`, `sample`, `count_accepted`, `check_logits`).
+Logits are 16 wide and streams 4 × 8. Not counted either, since it does not happen in the measured
+steps: requests that start or end, images of state, penalties, log probabilities, and sending the
+frames.
 
 The stub's drafts stand with probability one half each, so that with three drafts a step brings a
 sequence 1.9 tokens on average.
@@ -49,6 +49,7 @@ from fourfold.engine import wire
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel
 from fourfold.model.parts import ForwardOutput
+from fourfold.ops import step
 from fourfold.ops.sampling import uniform
 from fourfold.weights.geometry import config_json
 
@@ -68,6 +69,11 @@ class StubModel:
         self.tokens = torch.full((rows,), 2)
         halves = torch.rand(rows, max(drafts, 1), generator=torch.Generator().manual_seed(0)) < 0.5
         self.accepted = halves.long().cumprod(-1).sum(-1)
+
+    seat_runs = staticmethod(step.seat_runs.body)
+    next_tokens = staticmethod(step.next_tokens.body)
+    step_after = staticmethod(step.step_after.body)
+    keep_drafts = staticmethod(step.keep_drafts.body)
 
     def forward(self, batch: ForwardBatch, state: ModelState) -> ForwardOutput:
         return ForwardOutput(
@@ -91,8 +97,17 @@ class StubModel:
     def count_accepted(self, sampled: Tensor, drafts: Tensor) -> Tensor:
         return torch.minimum(self.accepted[: sampled.shape[0]], (drafts >= 0).sum(-1))
 
-    def nonfinite_sequences(self, rows: Tensor, owners: Tensor, count: int) -> Tensor:
-        return self.flags[:count]
+    def check_logits(self, found: Tensor, logits: Tensor, batch: ForwardBatch) -> None:
+        return None
+
+    def likeliest(self, logits: Tensor, allowed: Any) -> Tensor:
+        return logits.argmax(-1)
+
+    def place_step(self, *arguments: Any) -> Any:
+        return step.place_step(self, *arguments)
+
+    def settle_step(self, *arguments: Any) -> Any:
+        return step.settle_step(self, *arguments)
 
 
 @dataclass(frozen=True)

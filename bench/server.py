@@ -2,8 +2,8 @@
 
 Two processes on this machine: a server on a stub engine, and this one, which reads. Each of N streams
 gets a token every 1/RATE seconds by the system's monotonic clock; an event's delay is how long after
-that moment it was read here. Prints one JSON line; with --highest, one for every rate tried until the
-99th percentile passes 50 ms.
+that moment it was read here. Prints one JSON line; with --highest, one for every rate tried in search of
+the highest that the server holds (99 % within 50 ms, without drift), and that one again at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 from fourfold.core.client import EngineHealth, EngineInfo, EngineState, EngineStats
 from fourfold.core.request import FinishReason, Request, RequestOutput
 
-LIMIT = 0.050
+LIMIT_MS = 50.0
+DRIFT_MS = 10.0  # a delay that grows by more from one half of the time to the other drifts
+PRECISION = 1.05
 
 
 class PacedEngine:
@@ -134,10 +136,11 @@ def measure(streams: int, rate: float, seconds: float) -> dict[str, float]:
         environment = {**os.environ, "PYTHONPATH": root}
         process = subprocess.Popen(command, pass_fds=(descriptor,), env=environment)
     try:
-        began = time.monotonic()
+        began, before = time.monotonic(), sum(os.times()[:2])
         delays = asyncio.run(load(port, streams, rate, seconds))
         took = time.monotonic() - began
         ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        reader = sum(os.times()[:2])
         cpu = (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
     finally:
         process.terminate()
@@ -155,7 +158,37 @@ def measure(streams: int, rate: float, seconds: float) -> dict[str, float]:
             (sum(halves[1]) / len(halves[1]) - sum(halves[0]) / len(halves[0])) * 1e3, 2
         ),
         "server_cpu": round(cpu / took, 3),
+        "reader_cpu": round((reader - before) / took, 3),
     }
+
+
+def highest(streams: int, rate: float, seconds: float) -> None:
+    """Search the highest rate of each stream by doubling and halving, from `rate` on."""
+    best: dict[str, float] = {}
+
+    def holds(rate: float) -> bool:
+        nonlocal best
+        found = measure(streams, rate, seconds)
+        print(json.dumps(found), flush=True)
+        held = found["p99_ms"] <= LIMIT_MS and found["drift_ms"] <= DRIFT_MS
+        if held:
+            best = found
+        return held
+
+    low, high = rate, rate
+    if holds(rate):
+        while holds(high := low * 2):
+            low = high
+    else:
+        while not holds(low := high / 2):
+            high = low
+    while high / low > PRECISION:
+        middle = (low * high) ** 0.5
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    print(json.dumps({"highest": best}), flush=True)
 
 
 def main() -> None:
@@ -169,13 +202,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve is not None:
         serve(args.rate, args.serve)
-    rate = args.rate
-    while True:
-        found = measure(args.streams, rate, args.seconds)
-        print(json.dumps(found), flush=True)
-        if not args.highest or found["p99_ms"] > LIMIT * 1e3:
-            return
-        rate *= 1.25
+    if args.highest:
+        highest(args.streams, args.rate, args.seconds)
+    else:
+        print(json.dumps(measure(args.streams, args.rate, args.seconds)), flush=True)
 
 
 if __name__ == "__main__":

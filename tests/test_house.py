@@ -27,6 +27,8 @@ ROOF = FLOOR_2 | {"model", "cache", "weights", "engine", "text", "server"}
 EXTRA = {
     "fourfold/engine/wire.py": {"msgspec"},
     "fourfold/text/grammar_mask.py": {"llguidance", "numpy"},
+    "fourfold/text/token_mask.py": {"numpy"},
+    "fourfold/cli/config_file.py": {"yaml"},
 }
 # Part of fourfold -> (parts it may import, packages it may import beside the standard library).
 # A part is a folder or file of fourfold/; "core.x" allows that one file.

@@ -86,7 +86,11 @@ def parse_choices():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, required=True)
     parser.add_argument("--ready", type=Path, required=True, help="stamp and record of the choices")
-    parser.add_argument("--extras", default="", help="comma-separated extras of pyproject.toml")
+    parser.add_argument(
+        "--extras",
+        default="",
+        help="comma-separated extras of pyproject.toml; those of before stay",
+    )
     parser.add_argument(
         "--torch", required=True, help="requirement installed without --system-torch"
     )
@@ -95,16 +99,24 @@ def parse_choices():
     return parser.parse_args()
 
 
-def read_project(extras):
-    """pyproject.toml's requirements with `extras`, and everything an installation depends on."""
+def read_project(extras, record):
+    """pyproject.toml's requirements, with `extras` and those recorded, and everything an installation
+    depends on."""
     import tomllib  # not there before 3.11, and the version check must be able to speak first
 
     table = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     project = table["project"]
     requirements = list(project["dependencies"])
-    for extra in filter(None, extras.split(",")):
-        requirements += project["optional-dependencies"][extra]
-    return requirements, {"project": project, "build": table["build-system"], "extras": extras}
+    optional = project["optional-dependencies"]
+    before = record.get("project", {}).get("extras", [])
+    chosen = {*filter(None, extras.split(",")), *(each for each in before if each in optional)}
+    for extra in sorted(chosen):
+        requirements += optional[extra]
+    return requirements, {
+        "project": project,
+        "build": table["build-system"],
+        "extras": sorted(chosen),
+    }
 
 
 def read_record(path):
@@ -195,8 +207,8 @@ def main():
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
     args = parse_choices()
-    requirements, project = read_project(args.extras)
     record = read_record(args.ready)
+    requirements, project = read_project(args.extras, record)
     choices = {
         "PYTHON": sys.executable,
         "TORCH": args.torch,

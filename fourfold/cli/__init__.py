@@ -4,16 +4,32 @@ Contract: one command, one module, and one line here. Importing this loads no to
 what it needs when it runs.
 """
 
-from fourfold.cli import bench, bench_engine, chat, compile, generate, serve, synth
+from fourfold.cli import (
+    bench,
+    bench_engine,
+    chat,
+    compile,
+    explain,
+    generate,
+    plan,
+    selftest,
+    serve,
+    synth,
+    verify,
+)
 from fourfold.cli.group import main
 
 for _command in (
     bench.bench,
     chat.chat,
     compile.compile_,
+    explain.explain,
     generate.generate,
+    plan.plan,
+    selftest.selftest,
     serve.serve,
     synth.synth,
+    verify.verify,
 ):
     main.add_command(_command)
 for _command in (bench_engine.bench_decode, bench_engine.bench_prefill, bench_engine.bench_op):

@@ -199,7 +199,7 @@ def bench_op(name: str, tokens: tuple[str, ...], json_file: Path | None, **flags
     from fourfold.engine.benchmark_op import NAMES, OpSetting, measure_op
 
     sizes = _numbers("--tokens", tokens)
-    if not sizes and NAMES.get(name) == "grouped_output":
+    if not sizes and NAMES.get(name) == "wo_a":
         sizes = tuple(2**power for power in range(11))
     given: dict[str, Any] = {**flags, "tokens": sizes} if sizes else flags
     records: list[dict[str, Any]] = []

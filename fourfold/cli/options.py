@@ -27,9 +27,16 @@ NO_EFFECT: Mapping[str, str] = {
     "block_size": "a cache page is always 256 tokens",
     "level": "there is no compilation level",
     "cudagraph_capture_sizes": "the engine chooses what to capture",
+    "cudagraph_mode": "decode steps are captured unless --enforce-eager is given",
+    "compilation_config": "nothing here is compiled by torch",
     "enable_dp_attention": "it needs data parallelism",
     "enable_expert_parallel": "it needs more than one GPU",
+    "node_rank": "there is one node",
+    "master_addr": "there is one node",
+    "master_port": "there is one node",
 }
+# What SGLang calls drafting with the MTP layer.
+_SPECULATIVE_ALGORITHMS = ("EAGLE", "NEXTN")
 # A number above 1 of any of these needs what does not exist yet.
 _PARALLEL = (
     "tensor_parallel_size",
@@ -113,6 +120,7 @@ engine_options = stacked(
         ),
         click.option(
             "--max-num-batched-tokens",
+            "--chunked-prefill-size",
             type=click.IntRange(1),
             default=8192,
             show_default=True,
@@ -146,13 +154,30 @@ engine_options = stacked(
             help="Force the kernel of an op; repeatable.",
         ),
         click.option(
-            "--tensor-parallel-size", "-tp", "--tp", type=click.IntRange(1), default=1, hidden=True
+            "--tensor-parallel-size",
+            "-tp",
+            "--tp",
+            "--tp-size",
+            type=click.IntRange(1),
+            default=1,
+            hidden=True,
         ),
         click.option(
-            "--data-parallel-size", "-dp", "--dp", type=click.IntRange(1), default=1, hidden=True
+            "--data-parallel-size",
+            "-dp",
+            "--dp",
+            "--dp-size",
+            type=click.IntRange(1),
+            default=1,
+            hidden=True,
         ),
         click.option(
-            "--pipeline-parallel-size", "-pp", "--pp", type=click.IntRange(1), hidden=True
+            "--pipeline-parallel-size",
+            "-pp",
+            "--pp",
+            "--pp-size",
+            type=click.IntRange(1),
+            hidden=True,
         ),
         click.option("--expert-parallel-size", "--ep-size", type=click.IntRange(1), hidden=True),
         click.option("--nnodes", type=click.IntRange(1), hidden=True),
@@ -160,7 +185,12 @@ engine_options = stacked(
         click.option("--trust-remote-code", is_flag=True, hidden=True),
         click.option("--block-size", "--page-size", type=click.IntRange(1), hidden=True),
         click.option("--level", type=int, hidden=True),
-        click.option("--cudagraph-capture-sizes", hidden=True),
+        click.option("--cudagraph-capture-sizes", "--graph-sizes", hidden=True),
+        click.option("--cudagraph-mode", hidden=True),
+        click.option("--compilation-config", hidden=True),
+        click.option("--node-rank", type=click.IntRange(0), hidden=True),
+        click.option("--master-addr", "--dist-init-addr", hidden=True),
+        click.option("--master-port", type=click.IntRange(1), hidden=True),
         click.option(
             "--enable-prefix-caching/--no-enable-prefix-caching",
             default=True,
@@ -179,6 +209,7 @@ engine_options = stacked(
         ),
         click.option(
             "--num-speculative-tokens",
+            "--speculative-num-steps",
             type=click.IntRange(1, 3),
             help="Drafts a step.  [default: 1 with --method]",
         ),
@@ -187,6 +218,12 @@ engine_options = stacked(
             metavar="JSON",
             help='The same as JSON: {"method": "mtp", "num_speculative_tokens": 3}.',
         ),
+        click.option(
+            "--speculative-algorithm",
+            type=click.Choice(_SPECULATIVE_ALGORITHMS, case_sensitive=False),
+            hidden=True,
+        ),
+        click.option("--speculative-eagle-topk", type=click.IntRange(1, 1), hidden=True),
         click.option("--enable-dp-attention", is_flag=True, hidden=True),
     ]
 )
@@ -238,11 +275,8 @@ def say_no_effect(flags: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
 
 def _speculative_config(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `--speculative-config` says, or the two plain flags; None without any."""
-    method, count, text = (
-        flags["method"],
-        flags["num_speculative_tokens"],
-        flags["speculative_config"],
-    )
+    method = flags["method"] or ("mtp" if flags["speculative_algorithm"] else None)
+    count, text = flags["num_speculative_tokens"], flags["speculative_config"]
     if text is None:
         if method is None and count is not None:
             raise ConfigError("--num-speculative-tokens needs --method mtp")

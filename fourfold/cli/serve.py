@@ -88,7 +88,7 @@ server_options = stacked(
         ),
         click.option(
             "--config", callback=read_config, is_eager=True, expose_value=False,
-            envvar="FOURFOLD_CONFIG", metavar="FILE", help="Flags from a .toml or .json file.",
+            envvar="FOURFOLD_CONFIG", metavar="FILE", help="Flags from a .yaml, .toml or .json file.",
         ),
         click.option("--tool-call-parser", hidden=True),
         click.option("--reasoning-parser", hidden=True),

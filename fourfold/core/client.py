@@ -8,9 +8,9 @@ processes nor sockets nor text.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from fourfold.core.config import EngineConfig
 from fourfold.core.errors import FourfoldError
@@ -54,7 +54,8 @@ class Launch:
 @dataclass(frozen=True)
 class EngineInfo:
     """A started engine. `model` is `org/name` or a directory's name; `notes` are what was decided
-    while loading and `capacity` what fits into memory, both lines for a person."""
+    while loading and `capacity` what fits into memory, both lines for a person; `explanation` is the kernel
+    plan, formats and the reasons for them, as JSON values."""
 
     model: str
     revision: str | None
@@ -68,6 +69,7 @@ class EngineInfo:
     num_speculative_tokens: int = 0
     notes: tuple[str, ...] = ()
     capacity: tuple[str, ...] = ()
+    explanation: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

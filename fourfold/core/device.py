@@ -24,6 +24,7 @@ class Feature(Enum):
     FP8_FNUZ = "FNUZ E4M3 casts"
     FP4_MATRIX = "FP4 matrix units"
     WGMMA = "warp-group matrix instructions"
+    EARLY_LAUNCH = "programmatic dependent launch"
 
 
 class Fp8Dialect(Enum):
@@ -51,6 +52,7 @@ class Arch:
 
 _GPU = frozenset({Feature.TRITON, Feature.BF16_MATRIX})
 _FP8 = _GPU | {Feature.FP8_MATRIX, Feature.FP8_OCP}
+_FP4 = _FP8 | {Feature.FP4_MATRIX, Feature.EARLY_LAUNCH}
 _FNUZ = _GPU | {Feature.FP8_MATRIX, Feature.FP8_FNUZ}
 _OCP, _NUZ = Fp8Dialect.OCP, Fp8Dialect.FNUZ
 
@@ -60,9 +62,9 @@ ARCHS = {
         Arch("cpu", frozenset()),
         Arch("sm_80", _GPU, _OCP, 166_912, 32),
         Arch("sm_89", _FP8, _OCP, 101_376, 32),
-        Arch("sm_90", _FP8 | {Feature.WGMMA}, _OCP, 232_448, 32),
-        Arch("sm_100", _FP8 | {Feature.FP4_MATRIX}, _OCP, 232_448, 32),
-        Arch("sm_120", _FP8 | {Feature.FP4_MATRIX}, _OCP, 101_376, 32),
+        Arch("sm_90", _FP8 | {Feature.WGMMA, Feature.EARLY_LAUNCH}, _OCP, 232_448, 32),
+        Arch("sm_100", _FP4, _OCP, 232_448, 32),
+        Arch("sm_120", _FP4, _OCP, 101_376, 32),
         Arch("gfx90a", _GPU, _NUZ, 65_536, 64),
         Arch("gfx942", _FNUZ, _NUZ, 65_536, 64),
         Arch("gfx950", _FP8 | {Feature.FP4_MATRIX}, _OCP, 163_840, 64),

@@ -49,16 +49,27 @@ def _is_int(value: object, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
+# The kind of a grammar whose source is a JSON list of the token ids that an answer begins with.
+BEGINNING = "tokens"
+
+
 @dataclass(frozen=True)
 class Grammar:
     """What an answer must look like: `source` in the language `kind` ("json_schema", "regex", …).
 
-    With `after_token` the answer is free until that token, and the grammar holds from there on.
+    With `after_token` the answer is free until that token, and the grammar holds from there on; with
+    `max_free_tokens` too, that token is all that may come once so many others have.
     """
 
     kind: str
     source: str
     after_token: int | None = None
+    max_free_tokens: int | None = None
+
+    @property
+    def says_the_end(self) -> bool:
+        """Whether the answer ends where the grammar does; a demanded beginning leaves that open."""
+        return self.kind != BEGINNING
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,12 @@ def unshard(spec: ParamSpec, parts: Sequence[Weight]) -> Weight:
     return whole
 
 
+def num_parts(role: Role, tp: int, ep: int) -> int:
+    """Into how many parts the weights of `role` are cut over `tp` and `ep` ranks; 1 if they are not."""
+    dim, _, size = _cut(role, 0, tp, 0, ep)
+    return 1 if dim is None else size
+
+
 def check_divides(
     config: ModelConfig, tp: int, ep: int, schemes: Mapping[Role, QuantScheme]
 ) -> list[str]:

@@ -43,8 +43,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "routed_experts": "routed_experts",
         "moe": "routed_experts",
         "linear": "linear",
-        "wo_a": "grouped_output",
-        "grouped_output": "grouped_output",
+        "wo_a": "wo_a",
     }
 )
 """What can be measured, and the op it is."""
@@ -84,7 +83,7 @@ def measure_op(name: str, setting: OpSetting) -> Iterator[dict[str, Any]]:
     runs = {
         "routed_experts": bench.experts,
         "linear": bench.linear,
-        "grouped_output": bench.grouped,
+        "wo_a": bench.grouped,
     }
     yield from runs[bench.op]()
 

@@ -27,7 +27,8 @@ def head(document: dict[str, Any]) -> str:
         f"{ceilings['fp8_per_s'] / 1e12:.3g} fp8",
         f"weights {document['weight_bytes'] / 2**30:.2f} GiB "
         f"({document['weight_bytes'] / document['checkpoint_bytes'] - 1:+.2%} of the checkpoint's) "
-        f"in {seconds['weights']:.1f} s, engine in {seconds['engine']:.1f} s",
+        f"in {seconds['weights']:.1f} s, kernels in {seconds['kernels']:.1f} s, "
+        f"engine in {seconds['engine']:.1f} s",
         *document["engine_notes"],
         "kernels: " + ", ".join(f"{c['op']}={c['kernel']}" for c in document["plan"]),
     ]

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation: which binaries a model needs on a target, compiled here and now.
 
-    geometry or checkpoint ─► parameters without data ─► forward passes of many shapes, recorded
+    geometry or checkpoint ─► parameters without data ─► steps of many shapes, recorded
                                                               │
                           report, filled cache ◄─ compile ◄─ variants, each with its op
 
@@ -13,29 +13,39 @@ the shape of its result, as bodies launch no kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fourfold import kernels
 from fourfold.cache.pool import allocate
-from fourfold.cache.rows import ring_rows
-from fourfold.core.batch import Emission, ForwardBatch, ScheduledBatch, ScheduledSequence, lower
+from fourfold.core.batch import Emission, ForwardBatch
 from fourfold.core.config import EngineConfig, ModelConfig
 from fourfold.core.device import Arch, Device
 from fourfold.core.parameters import ParamSpec, Storage, parameters
-from fourfold.core.row_format import PAGE_TOKENS
+from fourfold.core.request import MAX_LOGPROBS
 from fourfold.core.state import ModelState
-from fourfold.core.tensor import QuantScheme, QuantTensor, Weight, accumulate_dtype, dtype_name
+from fourfold.core.tensor import (
+    QuantScheme,
+    QuantTensor,
+    Weight,
+    accumulate_dtype,
+    dtype_name,
+    named_dtype,
+)
 from fourfold.dist.comm import SingleComm
 from fourfold.engine.capacity import engine_row_formats
+from fourfold.engine.kernel_plan import plan_kernels
+from fourfold.engine.loading import prepare
+from fourfold.engine.runner import Runner
+from fourfold.engine.verdicts import Verdicts
 from fourfold.model.v4 import DeepseekV4
-from fourfold.ops.catalog import OPS
-from fourfold.ops.registry import Kernel, KernelPlan, Op
+from fourfold.ops.registry import Kernel, Op
+from fourfold.ops.sampling import Adjustments
+from fourfold.ops.step import Key, StepLayout
 from fourfold.weights.geometry import config_json, with_storage
-from fourfold.weights.layout import FORMATS
+from fourfold.weights.layout import FORMATS, WeightFormat
 from fourfold.weights.loader import open_checkpoint
 from fourfold.weights.locate import ModelLocation
 
@@ -75,19 +85,30 @@ def _stored(spec: ParamSpec, scheme: QuantScheme, scale: torch.dtype) -> QuantTe
     return QuantTensor(codes, scales, scheme, spec.shape)
 
 
-def subject_of_geometry(geometry: str, dtype: torch.dtype | None = None) -> Subject:
-    """A released geometry stored as released. Raises `ConfigError` for an unknown name."""
+def released(geometry: str) -> tuple[ModelConfig, WeightFormat]:
+    """The configuration and the storage of a released geometry. Raises `ConfigError`."""
     weights = FORMATS["fp8" if geometry == "flash-base" else "native"]
     data = with_storage(
         config_json(geometry, None), weights.torch_dtype, weights.expert_dtype, weights.quantised
     )
-    config = ModelConfig.from_dict(data, "config.json").config
-    dtype = dtype or getattr(torch, config.torch_dtype)
+    return ModelConfig.from_dict(data, "config.json").config, weights
+
+
+def subject_of_geometry(geometry: str, dtype: torch.dtype | None = None) -> Subject:
+    """A released geometry stored as released. Raises `ConfigError` for an unknown name."""
+    config, weights = released(geometry)
+    return subject_of(geometry, config, weights, dtype or named_dtype(config.torch_dtype))
+
+
+def subject_of(
+    name: str, config: ModelConfig, weights: WeightFormat, dtype: torch.dtype
+) -> Subject:
+    """A model of any configuration, stored as `weights`."""
     made: dict[str, Weight] = {}
     for spec in parameters(config):
         scheme = weights.scheme(spec.role)
         made[spec.name] = _stored(spec, scheme, torch.uint8) if scheme else _plain(spec, dtype)
-    return Subject(geometry, config, made, dtype)
+    return Subject(name, config, made, dtype)
 
 
 def subject_of_checkpoint(location: ModelLocation, engine: EngineConfig) -> Subject:
@@ -126,8 +147,19 @@ def _storage(weight: Weight) -> tuple[str, torch.dtype]:
 
 
 # The results of op bodies that read device memory, from their arguments.
-def _routed(y: Tensor, *rest: Any, **more: Any) -> Tensor:
-    return y.new_empty(y.shape, dtype=accumulate_dtype(y.dtype))
+def _routed(
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    limit: float,
+    first_expert: int = 0,
+    shared: Tensor | None = None,
+) -> Tensor:
+    dtype = accumulate_dtype(y.dtype) if shared is None else y.dtype
+    return y.new_empty(y.shape, dtype=dtype)
 
 
 def _attended(q: Tensor, *rest: Any, **more: Any) -> Tensor:
@@ -166,18 +198,6 @@ _READS_DEVICE: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def _without_data(value: Any) -> Any:
-    """`value` with the tensors in it moved to "meta"."""
-    if isinstance(value, Tensor):
-        return value.to(META)
-    if isinstance(value, Mapping):
-        return {key: _without_data(each) for key, each in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _without_data(getattr(value, f.name)) for f in fields(value)}
-        return replace(value, **parts)
-    return value
-
-
 def token_counts(most: int) -> list[int]:
     """Batch sizes on both sides of every power of two up to `most`, with multiples of 16 and others."""
     found = set(range(1, 18))
@@ -195,62 +215,63 @@ def token_counts(most: int) -> list[int]:
     return sorted({count for count in found if count < most} | {most})
 
 
-def batches(
-    config: ModelConfig, engine: EngineConfig, counts: Iterable[int]
-) -> Iterator[ForwardBatch]:
-    """A decode batch, one prompt and several chunks for each of `counts` tokens, without data."""
+def steps(engine: EngineConfig, counts: Iterable[int]) -> Iterator[Key]:
+    """Steps of `counts` tokens each: decodes, a prompt's last and earlier chunks, several chunks."""
     drafts = engine.num_speculative_tokens
     for count in counts:
-        shapes = [[(count, 0, 1)], [(count, 300, 0)]]
+        yield [(count, 0, True)]
+        yield [(count, 0, False)]
         if count <= engine.max_num_seqs:
-            shapes.append([(1, 700, 1)] * count)
-            if drafts:
-                shapes.append([(1 + drafts, 700, 1 + drafts)] * count)
+            yield [(1 + drafts, drafts, True)] * count
         if count > 2:
-            shapes.append([(count - count // 3, 0, 1), (count // 3, 5000, 1)])
-        for shape in shapes:
-            yield batch_of(config, shape, drafts)
-
-
-def batch_of(config: ModelConfig, runs: list[tuple[int, int, int]], drafts: int) -> ForwardBatch:
-    """Runs of (tokens, computed before, logits wanted), without data."""
-    scheduled = []
-    for tokens, computed, wanted in runs:
-        pages = range(-(-(tokens + computed) // PAGE_TOKENS))
-        keeps = [(tokens - 1 - n, n) for n in range(min(1 + drafts, tokens))]
-        scheduled.append(
-            ScheduledSequence(
-                [0] * tokens, computed, pages, 0, 0 if computed else -1, keeps, tokens - wanted
-            )
-        )
-    ratios, rows = config.compress_ratios, ring_rows(config, drafts)
-    batch = lower(ScheduledBatch(tuple(scheduled)), ratios, rows, torch.device("cpu"))
-    moved: ForwardBatch = _without_data(batch)
-    return moved
+            yield [(count - count // 3, 0, True), (count // 3, 0, False)]
 
 
 class Collector:
-    """Runs a subject's layers over batches and collects what their kernels would compile.
+    """Runs steps of a subject's layers and collects what their kernels would compile.
 
-    `plan` is the kernel plan of the target. Raises `KernelError` if a forced kernel cannot run there.
+    `plan` is the kernel plan of the target, `verdicts` as in `plan_kernels`. Raises `KernelError` if a
+    forced kernel cannot run there.
     """
 
-    def __init__(self, subject: Subject, arch: Arch, engine: EngineConfig):
+    def __init__(
+        self,
+        subject: Subject,
+        arch: Arch,
+        engine: EngineConfig,
+        verdicts: Verdicts | None = None,
+    ):
         self.subject, self.arch, self.engine = subject, arch, engine
         self._running: list[str] = []
         device, config = Device(arch, META, arch.name), subject.config
-        available = [replace(k, run=self._noted(k)) for k in kernels.load(device)]
-        ops = [self._shaped(op) for op in OPS]
-        self.plan = KernelPlan.resolve(
-            ops, available, device, config, subject.dtype, dict(engine.kernels)
+        self.plan, _ = plan_kernels(
+            config,
+            subject.dtype,
+            device,
+            engine.kernels,
+            verdicts=verdicts,
+            op_as=self._shaped,
+            kernel_as=lambda kernel: replace(kernel, run=self._noted(kernel)),
         )
         layers = _kinds_of_layers(subject)
-        self.model = DeepseekV4(config, subject.parameters, self.plan, SingleComm())
+        weights = dict(subject.parameters)
+        prepare(weights, config, self.plan)
+        self.model = DeepseekV4(config, weights, self.plan, SingleComm())
         self.model.layers = [self.model.layers[number] for number in layers]
         formats = engine_row_formats(engine, config, dtype_name(subject.dtype))
         drafts = engine.num_speculative_tokens
         state = allocate(config, formats, _PAGES, _SLOTS, subject.dtype, META, drafts)
-        self.state = ModelState(tuple(state.layers[number] for number in layers), state.mtp)
+        state = ModelState(tuple(state.layers[number] for number in layers), state.mtp)
+        self.runner = Runner(
+            self.model,
+            state,
+            _SLOTS,
+            engine.max_model_len or config.max_position_embeddings,
+            META,
+            None,
+            drafts,
+        )
+        self._allowed = torch.empty(config.vocab_size, dtype=torch.bool, device=META)
 
     def _noted(self, kernel: Kernel) -> Callable[..., Any]:
         """The kernel's run, known to be running."""
@@ -267,17 +288,40 @@ class Collector:
     def _shaped(self, op: Op) -> Op:
         return replace(op, body=_READS_DEVICE.get(op.name, op.body))
 
-    def collect(self, batches: Iterable[ForwardBatch]) -> list[Wanted]:
-        """What is launched over `batches`, each variant once."""
+    def collect(self, steps: Iterable[Key]) -> list[Wanted]:
+        """What is launched in `steps`, each variant once."""
         from fourfold.kernels.variants import record
 
         def running() -> str:
             return self._running[-1]
 
         with torch.inference_mode(), record(self.arch, running) as variants:
-            for batch in batches:
-                out = self.model.forward(batch, self.state)
-                if self.engine.num_speculative_tokens:
-                    mtp = self.model.mtp[0]
-                    mtp.forward(out.streams, batch.token_ids, batch, self.state.mtp[0])
+            for key in steps:
+                self._step(key)
         return [Wanted(op, variant) for variant, op in variants.items()]
+
+    def _step(self, key: Key) -> None:
+        """What the runner does in a step, and what requests may ask for beside."""
+        runner, drafts = self.runner, self.engine.num_speculative_tokens
+        layout = StepLayout.of(key, self.subject.config.compress_ratios, runner.ring_rows, META)
+        slots = torch.empty(len(key), dtype=torch.int64, device=META)
+        decodes = all(count == 1 + k for count, k, _ in key)
+        known = None if decodes else slots.new_empty(sum(count for count, _, _ in key))
+        placed = runner.forward(runner.slots.seat(layout, slots), known)
+        after = None if not drafts or all(samples for _, _, samples in key) else slots
+        for allowed in (None, self._allowed):
+            runner.allowed = runner.sampler.allowed = allowed
+            runner.finish(placed, placed.logits, after)
+        if placed.logits.shape[0]:
+            self._asked(placed.logits)
+
+    def _asked(self, logits: Tensor) -> None:
+        """Penalties, masks and log probabilities."""
+        rows = logits.new_empty(5, dtype=torch.int64)
+        changes = Adjustments(rows, rows, logits.new_empty(5), logits.new_empty(5))
+        masks = torch.empty(logits.shape, dtype=torch.bool, device=META)
+        for change, allowed in ((changes, None), (changes, masks), (None, masks)):
+            self.plan.adjust_logits(logits, change, allowed)
+        ids = rows.new_empty(logits.shape[0])
+        for count in range(MAX_LOGPROBS + 1):
+            self.plan.token_logprobs(logits, ids, count)

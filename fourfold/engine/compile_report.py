@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fourfold import __version__
 from fourfold.core.config import EngineConfig
 from fourfold.core.device import Arch
-from fourfold.engine.compile import Collector, Subject, Wanted, batches, token_counts
+from fourfold.engine.compile import Collector, Subject, Wanted, steps, token_counts
 
 if TYPE_CHECKING:
     from fourfold.kernels.compile import Compiled
@@ -129,7 +129,7 @@ def compile_for(
     began = time.perf_counter()
     collector = Collector(subject, arch, engine)
     counts = token_counts(engine.max_num_batched_tokens)
-    wanted: Sequence[Wanted] = collector.collect(batches(subject.config, engine, counts))
+    wanted: Sequence[Wanted] = collector.collect(steps(engine, counts))
     if cache is not None:
         store.write_manifest(cache, arch)
     done = 0

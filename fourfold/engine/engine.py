@@ -154,7 +154,7 @@ class Engine:
         self._check_tokens(request)
         if request.grammar is not None and self._masks is None:
             raise RequestError("this engine was started without support for grammars")
-        if request.grammar is not None and request.params.min_tokens:
+        if request.grammar and request.grammar.says_the_end and request.params.min_tokens:
             # Where a grammar ends, the end-of-sequence token alone may follow.
             raise RequestError("min_tokens cannot be used together with a grammar")
         first, *others = (self._sequence(request, index) for index in range(request.params.n))

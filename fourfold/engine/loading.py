@@ -6,23 +6,23 @@ was decided (config, kernel plan, quantisation, notes) so that it can be shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fourfold import kernels
 from fourfold.core.config import EngineConfig, ModelConfig
 from fourfold.core.device import Device
 from fourfold.core.errors import ConfigError
 from fourfold.core.parameters import EXPERT_ROLES, parameters
 from fourfold.core.tensor import Weight, named_dtype
 from fourfold.dist.comm import SingleComm
+from fourfold.engine.kernel_plan import plan_kernels
 from fourfold.engine.streams import beside
+from fourfold.engine.verdicts import Verdicts
 from fourfold.model.v4 import DeepseekV4
-from fourfold.ops.catalog import OPS
-from fourfold.ops.registry import KernelPlan
+from fourfold.ops.registry import Kernel, KernelPlan, Op
 from fourfold.weights.amplitude import amplitude_report
 from fourfold.weights.layout import WeightFormat
 from fourfold.weights.loader import CheckpointPlan, load, open_checkpoint
@@ -48,6 +48,8 @@ class LoadedModel:
     notes: tuple[str, ...]
     identity: str  # of the checkpoint: what a cache's content is bound to
     weight_bytes: int  # all parameters as they lie in memory
+    verdicts: Verdicts = field(default_factory=Verdicts)  # of the selftest on this machine
+    weights: Mapping[str, Weight] = field(default_factory=dict)  # the model's parameters
 
 
 def load_model(
@@ -66,10 +68,10 @@ def load_model(
             "--num-speculative-tokens needs an MTP layer, and this checkpoint has none "
             "(num_nextn_predict_layers is 0)"
         )
-    dtype, plan = _plan(reading.config, config, device)
+    dtype, plan, verdicts = _plan(reading.config, config, device)
     checkpoint = open_checkpoint(location.directory, reading.config, config.expert_dtype)
     loaded = load(checkpoint, device.torch_device, dtype, progress)
-    notes = list(reading.notes)
+    notes = [*reading.notes, *verdicts.notes]
     if reading.unknown_keys:
         notes.append("config.json keys not used: " + ", ".join(reading.unknown_keys))
     notes.extend(checkpoint.notes)
@@ -77,7 +79,7 @@ def load_model(
     notes.extend(f"unusual weight: {outlier}" for outlier in outliers[:MOST_OUTLIERS])
     if len(outliers) > MOST_OUTLIERS:
         notes.append(f"unusual weights: {len(outliers) - MOST_OUTLIERS} more")
-    _prepare(loaded, reading.config, plan)
+    prepare(loaded, reading.config, plan)
     return LoadedModel(
         DeepseekV4(reading.config, loaded, plan, SingleComm(), beside(device.torch_device)),
         reading.config,
@@ -88,6 +90,8 @@ def load_model(
         tuple(notes),
         identity=f"{location.directory}@{location.revision}",
         weight_bytes=sum(weight.nbytes for weight in loaded.values()),
+        verdicts=verdicts,
+        weights=loaded,
     )
 
 
@@ -97,12 +101,14 @@ def random_model(
     config: EngineConfig,
     device: Device,
     watch: Watch | None = None,
+    verdicts: Verdicts | None = None,
 ) -> LoadedModel:
     """A model of random weights, made on `device`; `weights` must be what `model` says of storage.
-    `watch(op, run)` may wrap what runs each op. Raises `FourfoldError`s."""
-    dtype, plan = _plan(model, config, device, watch)
+    `watch(op, run)` may wrap what runs each op; `verdicts` as in `plan_kernels`. Raises
+    `FourfoldError`s."""
+    dtype, plan, verdicts = _plan(model, config, device, watch, verdicts)
     made = random_parameters(model, weights, device.torch_device, dtype, config.seed)
-    _prepare(made, model, plan)
+    prepare(made, model, plan)
     return LoadedModel(
         DeepseekV4(model, made, plan, SingleComm(), beside(device.torch_device)),
         model,
@@ -110,25 +116,43 @@ def random_model(
         device,
         plan,
         None,
-        ("random weights",),
+        ("random weights", *verdicts.notes),
         identity=f"random@{config.seed}",
         weight_bytes=sum(weight.nbytes for weight in made.values()),
+        verdicts=verdicts,
+        weights=made,
     )
 
 
 def _plan(
-    model: ModelConfig, config: EngineConfig, device: Device, watch: Watch | None = None
-) -> tuple[torch.dtype, KernelPlan]:
-    """The dtype a model runs in, and its kernels."""
+    model: ModelConfig,
+    config: EngineConfig,
+    device: Device,
+    watch: Watch | None = None,
+    verdicts: Verdicts | None = None,
+) -> tuple[torch.dtype, KernelPlan, Verdicts]:
+    """The dtype a model runs in, its kernels, and what the selftest said of them."""
     dtype = named_dtype(model.torch_dtype if config.dtype == "auto" else config.dtype)
-    ops, available = OPS, kernels.load(device)
-    if watch is not None:
-        ops = tuple(replace(op, body=watch(op.name, op.body)) for op in ops)
-        available = tuple(replace(each, run=watch(each.op, each.run)) for each in available)
-    return dtype, KernelPlan.resolve(ops, available, device, model, dtype, dict(config.kernels))
+
+    def watched_op(op: Op) -> Op:
+        return op if watch is None else replace(op, body=watch(op.name, op.body))
+
+    def watched_kernel(kernel: Kernel) -> Kernel:
+        return kernel if watch is None else replace(kernel, run=watch(kernel.op, kernel.run))
+
+    plan, known = plan_kernels(
+        model,
+        dtype,
+        device,
+        config.kernels,
+        verdicts=verdicts,
+        op_as=watched_op,
+        kernel_as=watched_kernel,
+    )
+    return dtype, plan, known
 
 
-def _prepare(weights: dict[str, Weight], model: ModelConfig, plan: KernelPlan) -> None:
+def prepare(weights: dict[str, Weight], model: ModelConfig, plan: KernelPlan) -> None:
     """Store routed experts as the kernel chosen for them wants them."""
     for spec in parameters(model):
         if spec.role in EXPERT_ROLES:

@@ -6,8 +6,9 @@
 
 Contract: a mask belongs to one sequence and moves with what it commits, so it survives preemption and
 is the same in any batch. Rows after drafts are masked as if these had been committed. Sequences with a
-mask run synchronously, since their masks need the ids of the tokens before. Who makes masks, and of
-what, is not known here: an `Engine` is given a maker.
+mask run synchronously, since their masks need the ids of the tokens before, unless the mask says that it
+will allow anything for a while. Who makes masks, and of what, is not known here: an `Engine` is given a
+maker.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ import numpy.typing as npt
 
 from fourfold.core.request import Grammar
 
+# More tokens than the step in flight and the next one can bring.
+LOOK_AHEAD = 16
+
 
 class TokenMask(Protocol):
-    """A constraint at some point of its sequence's output. `failure` says why the output cannot go on,
-    None while it can; a sequence whose mask has failed ends with that as its error."""
+    """A constraint at some point of its sequence's output."""
 
-    failure: str | None
+    @property
+    def failure(self) -> str | None:
+        """Why the output cannot go on, None while it can; a sequence whose mask has failed ends with
+        that as its error."""
+
+    @property
+    def open_for(self) -> int:
+        """How many of the next tokens may be anything, whatever they are; 0 if that is not known."""
 
     def allowed(self, drafts: Sequence[int]) -> npt.NDArray[np.int32]:
         """Bits of the tokens that may come next `[1 + len(drafts), words]`: token t is bit t % 32 of

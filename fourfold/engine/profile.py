@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fourfold.engine.roofline import FAMILIES, kind, synchronize
 from fourfold.ops.registry import Kernel
 
 _LIBRARY = ("gemm", "nvjet", "cutlass", "cublas", "Cijk")  # products of a vendor's library
+_KERNELS = "fourfold.kernels."
 _LONGEST = 90  # characters of a kernel's name
 _MOST_GAPS = 8
 _MOST_KERNELS = 40
@@ -79,22 +81,33 @@ class Profile:
 def kernel_families(kernels: Sequence[Kernel]) -> dict[str, str]:
     """Name of a GPU kernel → op family, for all that the modules of `kernels` define.
 
-    Where two modules define a name, the one that launches it has it.
+    Where two modules define a name, the one that launches it has it. What a module of kernels that they
+    import defines is theirs if it is no other's.
     """
     launched: dict[str, str] = {}
     defined: dict[str, str] = {}
+    imported: dict[str, str] = {}
     for kernel in kernels:
         name = inspect.unwrap(getattr(kernel.run, "func", kernel.run)).__module__
-        module = sys.modules[name]
+        module, family = sys.modules[name], FAMILIES.get(kernel.op, kernel.op)
         source = inspect.getsource(module)
+        for own in _functions(module):
+            (launched if f"{own}[" in source else defined).setdefault(own, family)
         for value in vars(module).values():
-            function = getattr(value, "fn", None)
-            if function is None or getattr(function, "__module__", None) != name:
-                continue
-            own = function.__name__
-            known = launched if f"{own}[" in source else defined
-            known.setdefault(own, FAMILIES.get(kernel.op, kernel.op))
-    return defined | launched
+            if inspect.ismodule(value) and value.__name__.startswith(_KERNELS):
+                for own in _functions(value):
+                    imported.setdefault(own, family)
+    return imported | defined | launched
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Names of the functions that a module defines for a GPU."""
+    functions = (getattr(value, "fn", None) for value in vars(module).values())
+    return [
+        each.__name__
+        for each in functions
+        if each is not None and getattr(each, "__module__", None) == module.__name__
+    ]
 
 
 def trace_steps(run: Callable[[], object], steps: int, families: dict[str, str]) -> Profile:

@@ -31,7 +31,7 @@ from fourfold.quant.mxfp4 import MXFP4
 from fourfold.weights.layout import WeightFormat
 
 FAMILIES: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("linear", "quantize_activations"), "linear")
+    dict.fromkeys(("linear", "linears", "norm_linears", "quantize_activations"), "linear")
     | dict.fromkeys(("routed_experts", "moe"), "experts")
     | dict.fromkeys(("hc_pre", "hc_post", "hc_post_pre", "hc_head"), "mhc")
     | dict.fromkeys(("rms_norm", "query_norm_rope"), "norm")
@@ -39,15 +39,17 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
     | dict.fromkeys(("compress", "store_folds", "compress_rows"), "compressor")
     | dict.fromkeys(("route_topk", "route_hash"), "routing")
     | dict.fromkeys(("adjust_logits", "uniform", "sample", "count_accepted"), "sampling")
+    | dict.fromkeys(("likeliest", "token_logprobs"), "sampling")
+    | dict.fromkeys(("nonfinite_sequences", "check_logits"), "checks")
+    | dict.fromkeys(("seat_runs", "place_step", "settle_step"), "step")
+    | dict.fromkeys(("next_tokens", "step_after", "keep_drafts"), "step")
     | {
         "embed": "embed",
-        "grouped_output": "wo_a",
+        "wo_a": "wo_a",
         "shared_expert": "shared",
         "sparse_attention": "attention",
         "index_topk": "indexer",
         "rotate": "rope",
-        "nonfinite_sequences": "checks",
-        "token_logprobs": "sampling",
     }
 )
 """Op name → op family."""

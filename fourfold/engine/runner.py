@@ -28,7 +28,6 @@ from fourfold.core.batch import (
     ForwardBatch,
     ScheduledBatch,
     ScheduledSequence,
-    batch_after,
     lower,
     to_device,
 )
@@ -44,10 +43,11 @@ from fourfold.engine.sampler import (
 )
 from fourfold.engine.scheduler import Saving, Step
 from fourfold.engine.sequence import Run, Sequence
-from fourfold.engine.slots import Seats, Settled, SlotTable
+from fourfold.engine.slots import SlotTable
 from fourfold.engine.steplayout import Layouts
 from fourfold.model.parts import ForwardOutput
 from fourfold.model.v4 import DeepseekV4
+from fourfold.ops.step import Seats, Settled
 
 PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once
 
@@ -84,13 +84,14 @@ class Flight:
 
 
 class Placed(NamedTuple):
-    """A step after the model: `logits [L, V]` float32, `nonfinite [S]` bool."""
+    """A step after the model: `logits [L, V]` float32, `nonfinite [S]` bool, `uniform [L]` float64."""
 
     seats: Seats
     batch: ForwardBatch
     out: ForwardOutput
     logits: Tensor
     nonfinite: Tensor
+    uniform: Tensor
 
 
 class Finished(NamedTuple):
@@ -126,6 +127,7 @@ class Runner:
             (config.hc_mult, config.hidden_size),
             model.embed.table.dtype,
             device,
+            model.ops,
         )
         self.graphs: DecodeGraphs | None = None
         self._layouts = Layouts(config.compress_ratios, self.ring_rows, device)
@@ -137,7 +139,7 @@ class Runner:
         place = self._place(saving.state_slot, saving.fold_version, saving.block_ids)
         place = replace(place, carry=len(saving.block_ids))
         position = saving.sequence.num_computed_tokens
-        image = capture(self.state, place, position, self.slots.streams[saving.state_slot])
+        image = capture(self.state, place, position, self.slots.columns.streams[saving.state_slot])
         return image.to(torch.device("cpu"))
 
     @torch.inference_mode()
@@ -155,7 +157,7 @@ class Runner:
         for each in restorings:
             sequence = each.sequence
             place = self._place(sequence.state_slot, 0, sequence.block_ids)
-            streams = self.slots.streams[sequence.state_slot]
+            streams = self.slots.columns.streams[sequence.state_slot]
             restore(self.state, replace(place, carry=each.carry), each.image, streams)
         if not self.num_drafts or not restorings:
             return
@@ -169,7 +171,7 @@ class Runner:
             for r in restorings
         ]
         batch = lower(ScheduledBatch(tuple(last)), (), self.ring_rows, self.device)
-        streams = self.slots.streams[batch.state_slots]
+        streams = self.slots.columns.streams[batch.state_slots]
         self.model.mtp[0].forward(streams, batch.token_ids, batch, self.state.mtp[0])
 
     @torch.inference_mode()
@@ -210,31 +212,31 @@ class Runner:
     def forward(self, seats: Seats, token_ids: Tensor | None) -> Placed:
         """The first half of a step: `token_ids [T]` are those the host knows, −1 for the others (None:
         it knows none). Device work only, the same for the same shapes: it can be captured."""
-        batch = self.slots.place(seats, token_ids)
+        ops = self.model.ops
+        batch, uniform = ops.place_step(self.slots.columns, seats, token_ids)
         out = self.model.forward(batch, self.state)
-        owners = batch.sequence_ids[batch.logits_tokens]
-        check = self.model.ops.nonfinite_sequences
         # Logits have numbers of their own that may not be finite.
-        nonfinite = out.nonfinite | check(out.logits, owners, batch.num_sequences)
-        return Placed(seats, batch, out, out.logits.float(), nonfinite)
+        ops.check_logits(out.nonfinite, out.logits, batch)
+        return Placed(seats, batch, out, out.logits.float(), out.nonfinite, uniform)
 
-    def finish(
-        self, placed: Placed, logits: Tensor, known_after: tuple[Tensor, Tensor] | None
-    ) -> Finished:
-        """The second half: sample from `logits [L, V]`, settle, draft. `known_after`: runs that do not
-        sample, and the next token of each. Device work only, as before."""
-        seats, batch = placed.seats, placed.batch
+    def finish(self, placed: Placed, logits: Tensor, known_after: Tensor | None) -> Finished:
+        """The second half: sample from `logits [L, V]`, settle, draft. `known_after [S]`: the next token
+        of runs that do not sample, −1 of the others. Device work only, as before."""
+        seats, batch, ops = placed.seats, placed.batch, self.model.ops
         if not logits.shape[0]:
             sampled = batch.token_ids[:0]
         else:
-            sampled = self.sampler.sample(logits, batch, seats)
-        settled = self.slots.settle(
-            seats, batch, sampled, placed.nonfinite, placed.out.streams, self.model.ops
+            sampled = self.sampler.sample(logits, seats, placed.uniform)
+        columns = self.slots.columns
+        settled = ops.settle_step(
+            columns, seats, batch, sampled, placed.nonfinite, placed.out.streams
         )
+        if not self.num_drafts:
+            return Finished(sampled, settled.answers)
         drafts = self._draft(placed, sampled, settled, known_after)
-        self.slots.tokens[seats.mine, 1:] = drafts
-        answers = torch.cat([settled.taken.unsqueeze(1), settled.picks, drafts], dim=1)
-        return Finished(sampled, answers)
+        return Finished(
+            sampled, ops.keep_drafts(columns.tokens, seats.mine, settled.answers, drafts)
+        )
 
     def collect(self, flight: Flight) -> list[RunResult]:
         """Wait for a step; what each of its runs brought."""
@@ -276,7 +278,7 @@ class Runner:
 
     def _image(self, sequence: Sequence, version: int, position: int) -> StateImage:
         place = self._place(sequence.state_slot, version, sequence.block_ids)
-        return capture(self.state, place, position, self.slots.streams[sequence.state_slot])
+        return capture(self.state, place, position, self.slots.columns.streams[sequence.state_slot])
 
     def _slots(self, runs: Seq[Run]) -> Tensor:
         """The runs' slots; from one decode step to the next they are mostly the same."""
@@ -298,54 +300,38 @@ class Runner:
                 ids += run.sequence.token_ids[run.begin : run.begin + run.count]
         return to_device([np.array(ids, np.int64)], self.device)[0]
 
-    def _known_after(self, runs: Seq[Run]) -> tuple[Tensor, Tensor] | None:
-        """Numbers of the runs that do not sample, and the token after each; only the MTP layer asks."""
-        known = [
-            (number, run.sequence.token_ids[run.begin + run.count])
-            for number, run in enumerate(runs)
-            if not run.samples
-        ]
-        if not known or not self.num_drafts:
+    def _known_after(self, runs: Seq[Run]) -> Tensor | None:
+        """The token after each run that does not sample, −1 for the others; only the MTP layer asks."""
+        if not self.num_drafts or all(run.samples for run in runs):
             return None
-        numbers, ids = to_device(list(np.array(known, np.int64).T), self.device)
-        return numbers, ids
+        known = [
+            -1 if run.samples else run.sequence.token_ids[run.begin + run.count] for run in runs
+        ]
+        return to_device([np.array(known, np.int64)], self.device)[0]
 
     def _draft(
-        self,
-        placed: Placed,
-        sampled: Tensor,
-        settled: Settled,
-        known_after: tuple[Tensor, Tensor] | None,
+        self, placed: Placed, sampled: Tensor, settled: Settled, known_after: Tensor | None
     ) -> Tensor:
         """Guesses at the tokens after each sampling run's last, `[R, k]`: one from the MTP layer over
         the whole batch, on the main model's streams, each further one from the layer's own."""
-        if not self.num_drafts:
-            return settled.picks[:, :0]
-        mtp, state, batch = self.model.mtp[0], self.state.mtp[0], placed.batch
-        # What comes after each token: the next one, what was sampled, or the next one known.
-        following = batch.token_ids.roll(-1)
-        following[batch.logits_tokens] = sampled
-        if known_after is not None:
-            following[batch.cu_seqlens_q[known_after[0] + 1] - 1] = known_after[1]
-        last = placed.seats.step.pick(settled.last)
+        mtp, state, batch, ops = self.model.mtp[0], self.state.mtp[0], placed.batch, self.model.ops
+        step = placed.seats.step
+        following = ops.next_tokens(batch, step, sampled, known_after)
+        last = step.pick(settled.last)
         guess = mtp.forward(
             placed.out.streams, following, replace(batch, logits_tokens=last), state
         )
         if not last.shape[0]:
-            return settled.picks.new_zeros(0, self.num_drafts)
-        ids, streams = self._likeliest(guess.logits), guess.streams[last]
+            return following.new_zeros(0, self.num_drafts)
+        ids, streams = ops.likeliest(guess.logits, self.allowed), guess.streams[last]
         drafts = [ids]
         for _ in range(1, self.num_drafts):
-            batch = batch_after(batch, last, self.ring_rows)
+            batch = ops.step_after(batch, last, self.ring_rows)
             guess = mtp.forward(streams, ids, batch, state)
-            ids, streams, last = self._likeliest(guess.logits), guess.streams, batch.logits_tokens
+            ids, streams = ops.likeliest(guess.logits, self.allowed), guess.streams
+            last = batch.logits_tokens
             drafts.append(ids)
         return torch.stack(drafts, dim=1)
-
-    def _likeliest(self, logits: Tensor) -> Tensor:
-        if self.allowed is not None:
-            logits = logits.masked_fill(~self.allowed, float("-inf"))
-        return logits.argmax(-1)
 
     def _prompt_logprobs(
         self, runs: Seq[Run], out: ForwardOutput

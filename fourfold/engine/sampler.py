@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.core.batch import ForwardBatch
 from fourfold.core.request import SamplingParams, TokenLogprobs
 from fourfold.engine.sequence import Run, Sequence
-from fourfold.engine.slots import Seats
 from fourfold.ops.registry import KernelPlan
 from fourfold.ops.sampling import Adjustments, SamplingRows
+from fourfold.ops.step import Seats
 
 LogprobTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -51,11 +50,9 @@ class Sampler:
         adjusted: Tensor = self.ops.adjust_logits(logits[:count], changes, allowed)
         return torch.cat([adjusted, logits[count:]])
 
-    def sample(self, logits: Tensor, batch: ForwardBatch, seats: Seats) -> Tensor:
-        """A token for every row of `logits [L, V]` float32."""
+    def sample(self, logits: Tensor, seats: Seats, numbers: Tensor) -> Tensor:
+        """A token for every row of `logits [L, V]` float32, from the rows' `uniform` numbers."""
         known = self.ops.adjust_logits(logits, None, self.allowed)
-        # A row samples the token after its own.
-        numbers = self.ops.uniform(seats.streams, batch.positions[batch.logits_tokens] + 1)
         rows = SamplingRows(seats.temperature, seats.top_p, seats.top_k, seats.min_p, numbers)
         sampled: Tensor = self.ops.sample(known, rows)
         return sampled
@@ -104,11 +101,11 @@ class Sampler:
 
     def _allowed(self, runs: Seq[Run], vocabulary: int) -> Tensor | None:
         """What masks allow, bool `[L, V]`; None without any."""
-        if all(run.sequence.mask is None for run in runs):
+        if all(run.sequence.binding_mask is None for run in runs):
             return None
         masks = []
         for run, (begin, end) in zip(runs, _spans(runs), strict=True):
-            mask = run.sequence.mask
+            mask = run.sequence.binding_mask
             if mask is not None:
                 bits = mask.allowed(run.sequence.drafts[: end - begin - 1])
                 masks.append((range(begin, end), bits))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from fourfold.cache.image import StateImage
 from fourfold.core.request import FinishReason, Request, TokenLogprobs
-from fourfold.engine.masks import TokenMask
+from fourfold.engine.masks import LOOK_AHEAD, TokenMask
 
 
 # Not frozen: one is made for every sequence in every step, and freezing would triple what it costs.
@@ -83,11 +83,16 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def binding_mask(self) -> TokenMask | None:
+        """Its mask, unless that allows anything for as far ahead as steps can reach."""
+        return None if self.mask is None or self.mask.open_for >= LOOK_AHEAD else self.mask
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether the host must know all tokens so far before it can have the next one sampled."""
         params = self.request.params
         return (
-            self.mask is not None
+            self.binding_mask is not None
             or params.has_penalties
             or self.num_output_tokens < params.min_tokens
         )

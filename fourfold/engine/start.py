@@ -7,13 +7,16 @@ imported, so that an engine in the caller's process needs none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fourfold.core.client import EngineInfo, EngineStats, Launch, StepInfo
 from fourfold.core.device import Device, Feature, detect
 from fourfold.core.errors import ConfigError
 from fourfold.core.tensor import dtype_name
+from fourfold.engine.ahead import compile_ahead
 from fourfold.engine.engine import Engine
+from fourfold.engine.explain import explain_loaded
 from fourfold.engine.loading import LoadedModel, load_model
 from fourfold.engine.masks import MaskMaker
 from fourfold.weights.locate import ModelLocation, locate
@@ -56,6 +59,7 @@ def engine_info(engine: Engine, location: ModelLocation) -> EngineInfo:
         num_speculative_tokens=engine.config.num_speculative_tokens,
         notes=(*_storage(loaded), *loaded.notes, *engine.notes),
         capacity=tuple(engine.capacity.describe()),
+        explanation=explain_loaded(location.name, loaded, engine.config),
     )
 
 
@@ -84,5 +88,7 @@ def start_engine(
     if launch.config.compile_cache is not None:
         use_compiled(launch.config.compile_cache, device)
     loaded = load_model(location, launch.config, device, progress)
+    compiled = compile_ahead(loaded, launch.config)
+    loaded = replace(loaded, notes=(*loaded.notes, *compiled))
     engine = Engine(loaded, launch.config, launch.allowed_token_ids, on_step, masks)
     return engine, engine_info(engine, location)

@@ -8,12 +8,13 @@ back as a `Compiled` with the reason; nothing is raised for a single variant.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -27,6 +28,7 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fourfold.core.device import ARCHS, Arch
+from fourfold.kernels.store import counted
 from fourfold.kernels.targets import triton_target
 from fourfold.kernels.variants import Variant
 
@@ -130,8 +132,7 @@ def resources(binary: Any) -> Resources:
     return _amd_resources(binary.metadata, binary.asm["amdgcn"])
 
 
-def compile_variant(variant: Variant, arch: Arch) -> Compiled:
-    """Compile one variant for `arch`, or find it in the cache."""
+def _binary(variant: Variant, arch: Arch) -> Any:
     function = variant.function
     # Gluon's functions are traced by another front end.
     front = GluonASTSource if function.is_gluon() else ASTSource
@@ -141,20 +142,44 @@ def compile_variant(variant: Variant, arch: Arch) -> Compiled:
         dict(variant.constants),
         {path: [list(fact) for fact in facts] for path, facts in variant.known},
     )
+    return triton.compile(source, triton_target(arch), dict(variant.options))
+
+
+# The compiler's passes raise RuntimeError, its front end CompilationError and what a kernel's own Python
+# raises while it is traced.
+_COMPILER_ERRORS = (CompilationError, RuntimeError, ValueError, TypeError, AssertionError)
+
+
+def compile_variant(variant: Variant, arch: Arch) -> Compiled:
+    """Compile one variant for `arch`, or find it in the cache."""
     hits: list[bool] = []
     began = time.perf_counter()
     with knobs.compilation.scope():
         knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
         try:
-            binary = triton.compile(source, triton_target(arch), dict(variant.options))
-        # The compiler's passes raise RuntimeError, its front end CompilationError and what a kernel's
-        # own Python raises while it is traced.
-        except (CompilationError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+            binary = _binary(variant, arch)
+        except _COMPILER_ERRORS as error:
             took = time.perf_counter() - began
             return Compiled(variant, arch.name, took, error=_reason(error))
     needs = resources(binary)
     took = time.perf_counter() - began
     return Compiled(variant, arch.name, took, needs, needs.excess(arch), all(hits), binary.hash)
+
+
+def compile_here(variants: Iterable[Variant], arch: Arch, threads: int) -> int:
+    """Compile `variants` into Triton's cache in threads of this process; how many were not there.
+
+    What does not compile is left to fail where it is launched. The compiler leaves most of its work to
+    code that holds no interpreter lock.
+    """
+
+    def one(variant: Variant) -> None:
+        with contextlib.suppress(*_COMPILER_ERRORS):
+            _binary(variant, arch)
+
+    with counted() as counts, ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, variants))
+    return len(counts.compiled)
 
 
 def _reason(error: BaseException) -> str:

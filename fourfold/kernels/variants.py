@@ -26,6 +26,7 @@ from fourfold.core.device import Arch
 from fourfold.kernels.targets import stand_in
 
 Path = tuple[int, ...]  # of an argument; longer than one inside a tuple
+Kind = str | tuple["Kind", ...]  # Triton's name of a type, or those inside a tuple
 DIVISIBLE = ("tt.divisibility", 16)
 
 
@@ -33,14 +34,15 @@ DIVISIBLE = ("tt.divisibility", 16)
 class Variant:
     """One binary of the function `module`.`name`.
 
-    `signature`: (parameter, type), constants as "constexpr"; `constants`: (path, value); `known`: (path,
-    facts) such as that an argument is divisible by 16; `options`: warps, stages and what else the
+    `signature`: (parameter, type or tuple of them), constants as "constexpr"; `constants`: (path,
+    value); `known`: (path, facts) such as that an argument is divisible by 16, with paths of which
+    nothing is known, as they are part of Triton's key; `options`: warps, stages and what else the
     compiler takes.
     """
 
     module: str
     name: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Kind], ...]
     constants: tuple[tuple[Path, Any], ...]
     known: tuple[tuple[Path, tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Any], ...]
@@ -75,18 +77,28 @@ class Variant:
         for number, ((_, kind), parameter) in enumerate(
             zip(self.signature, self.function.params, strict=True)
         ):
-            facts = known.setdefault((number,), {})
-            facts.pop(DIVISIBLE[0], None)
             fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-            if all_of_them and not fixed and (kind.startswith("*") or kind[0] in "iu"):
-                facts[DIVISIBLE[0]] = DIVISIBLE[1]
-        return replace(self, known=_facts(known))
+            for path, each in _leaves((number,), kind):
+                facts = known.setdefault(path, {})
+                facts.pop(DIVISIBLE[0], None)
+                if all_of_them and not fixed and (each.startswith("*") or each[0] in "iu"):
+                    facts[DIVISIBLE[0]] = DIVISIBLE[1]
+        return replace(self, known=_facts({path: facts for path, facts in known.items() if facts}))
+
+
+def _leaves(path: Path, kind: Kind) -> Iterator[tuple[Path, str]]:
+    """Every type in `kind`, with its path."""
+    if isinstance(kind, str):
+        yield path, kind
+        return
+    for number, each in enumerate(kind):
+        yield from _leaves((*path, number), each)
 
 
 def _facts(
     known: dict[Path, dict[str, int]],
 ) -> tuple[tuple[Path, tuple[tuple[str, int], ...]], ...]:
-    return tuple((path, tuple(facts.items())) for path, facts in sorted(known.items()) if facts)
+    return tuple((path, tuple(facts.items())) for path, facts in sorted(known.items()))
 
 
 def _hashable(value: Any) -> Any:

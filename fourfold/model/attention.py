@@ -12,12 +12,14 @@ it), the ring after, since early queries of a run need rows that its late tokens
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fourfold.core.batch import ForwardBatch
 from fourfold.core.parameters import Role
 from fourfold.core.rows import RowPages
 from fourfold.core.state import CompressedState, LayerState
+from fourfold.core.tensor import Weight
 from fourfold.model.parts import Context, Notes, Parameters
 from fourfold.ops.rope import inverse_frequencies
 
@@ -42,12 +44,18 @@ class Compressor:
         self.wkv, self.wgate = p.weight(wkv), p.weight(wgate)
         self.ape, self.norm = p.tensor(ape), p.tensor(norm)
 
-    def __call__(self, y: Tensor, batch: ForwardBatch, state: CompressedState) -> RowPages:
-        """Fold `y [T, D]` into the state and store the rows it completes, which are returned."""
-        ops, emission = self.ops, batch.emissions[self.ratio]
-        kv = ops.linear(y, self.wkv, unrounded=True)
-        gate = ops.linear(y, self.wgate, unrounded=True)
-        rows: RowPages = ops.compress_rows(
+    def __call__(
+        self,
+        kv: Tensor,
+        gate: Tensor,
+        batch: ForwardBatch,
+        state: CompressedState,
+        dtype: torch.dtype,
+    ) -> RowPages:
+        """Fold `kv = wkv y` and `gate = wgate y` of `y [T, D]`, a tensor of `dtype`, into the state and
+        store the rows they complete, which are returned."""
+        emission = batch.emissions[self.ratio]
+        rows: RowPages = self.ops.compress_rows(
             kv,
             gate,
             self.ape,
@@ -59,7 +67,7 @@ class Compressor:
             batch,
             emission,
             self.ratio,
-            y.dtype,
+            dtype,
         )
         return rows
 
@@ -77,13 +85,24 @@ class Indexer:
         self.scale = (c.index_n_heads * c.index_head_dim) ** -0.5
 
     def __call__(
-        self, y: Tensor, qr: Tensor, batch: ForwardBatch, state: CompressedState, note: Notes
+        self,
+        q: Tensor,
+        kv: Tensor,
+        gate: Tensor,
+        weights: Tensor,
+        batch: ForwardBatch,
+        state: CompressedState,
+        note: Notes,
     ) -> Tensor:
-        """Rows to attend to, `[T, index_topk]`, −1 padded."""
-        note(f"{self.name}.index_keys", self.compressor(y, batch, state).data()[0])
-        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (-1, self.config.index_head_dim))
+        """Rows to attend to, `[T, index_topk]`, −1 padded.
+
+        `q` is wq_b qr; `kv`, `gate` and `weights` are its compressor's and its heads' products with y.
+        """
+        keys = self.compressor(kv, gate, batch, state, q.dtype)
+        note(f"{self.name}.index_keys", keys.data()[0])
+        q = q.unflatten(-1, (-1, self.config.index_head_dim))
         q = self.ops.rotate(q, batch.positions, self.inv_freq)
-        weights = self.ops.linear(y, self.weights_proj, unrounded=True) * self.scale
+        weights = weights * self.scale
         note(f"{self.name}.index_q", q)
         note(f"{self.name}.index_weights", weights)
         listed: Tensor = self.ops.index_topk(
@@ -111,22 +130,37 @@ class Attention:
         self.wo_a, self.wo_b = p.weight(Role.WO_A), p.weight(Role.WO_B)
         self.compressor = Compressor(context, p, MAIN, ratio, inv_freq) if ratio else None
         self.indexer = Indexer(context, p, ratio, inv_freq, name) if c.has_indexer(ratio) else None
+        # All products with y, and all with qr behind its norm.
+        self.of_y: tuple[Weight, ...] = (self.wq_a, self.wkv)
+        self.of_qr: tuple[Weight, ...] = (self.wq_b,)
+        if self.compressor:
+            self.of_y += (self.compressor.wkv, self.compressor.wgate)
+        if self.indexer:
+            own = self.indexer.compressor
+            self.of_y += (own.wkv, own.wgate, self.indexer.weights_proj)
+            self.of_qr += (self.indexer.wq_b,)
 
     def __call__(self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes) -> Tensor:
         """`y [T, D]` → `[T, D]`; reads and writes the layer's state."""
         ops, c, eps = self.ops, self.config, self.config.rms_norm_eps
         compressor, indexer, main = self.compressor, self.indexer, state.main
         compressed = listed = None
+        unrounded = (False, False, *[True] * (len(self.of_y) - 2))
+        qr, kv, *wide = ops.linears(y, self.of_y, unrounded)
         if compressor and main:
-            compressed = self.beside(lambda: compressor(y, batch, main))
-        qr = ops.rms_norm(ops.linear(y, self.wq_a), self.q_norm, eps)
+            compressed = self.beside(lambda: compressor(wide[0], wide[1], batch, main, y.dtype))
+        rounded = (False,) * len(self.of_qr)
+        q, *index_q = ops.norm_linears(qr, self.q_norm, eps, self.of_qr, rounded)
         if indexer and (keys := state.indexer):
-            listed = self.beside(lambda: indexer(y, qr, batch, keys, note))
-        q = ops.linear(qr, self.wq_b).unflatten(-1, (-1, c.head_dim))
+            kv_i, gate_i, heads = wide[2:]
+            listed = self.beside(
+                lambda: indexer(index_q[0], kv_i, gate_i, heads, batch, keys, note)
+            )
+        q = q.unflatten(-1, (-1, c.head_dim))
         q = ops.query_norm_rope(q, batch.positions, self.inv_freq, eps)
         note(f"{self.name}.q", q)
         own = ops.norm_rope_rows(
-            ops.linear(y, self.wkv),
+            kv,
             self.kv_norm,
             batch.positions,
             self.inv_freq,
@@ -149,5 +183,5 @@ class Attention:
         )
         ops.store_rows(state.ring, own, batch.ring_slots)
         note(f"{self.name}.attended", attended)
-        grouped = ops.grouped_output(attended, self.wo_a, batch.positions, self.inv_freq)
+        grouped = ops.wo_a(attended, self.wo_a, batch.positions, self.inv_freq)
         return self.comm.all_reduce(ops.linear(grouped, self.wo_b))

@@ -21,7 +21,8 @@ class MoE:
         self.bias = None if hashed else p.tensor(Role.GATE_BIAS)
         w1, w2, w3 = (p.weight(r) for r in (Role.EXPERT_W1, Role.EXPERT_W2, Role.EXPERT_W3))
         self.experts = (w1, w2, w3)
-        self.shared = tuple(p.weight(r) for r in (Role.SHARED_W1, Role.SHARED_W2, Role.SHARED_W3))
+        self.shared_w2 = p.weight(Role.SHARED_W2)
+        self.first = (self.gate, p.weight(Role.SHARED_W1), p.weight(Role.SHARED_W3))
         # Experts split by expert: this rank's first. Split inside each expert: all are here, first 0.
         rank = context.comm.rank(Group.EXPERT)
         self.first_expert = rank * w1.shape[0] % context.config.n_routed_experts
@@ -29,7 +30,7 @@ class MoE:
     def __call__(self, y: Tensor, batch: ForwardBatch, note: Notes) -> Tensor:
         """`y [T, D]` → `[T, D]`."""
         ops, c = self.ops, self.config
-        logits = ops.linear(y, self.gate, unrounded=True)
+        logits, shared_gate, shared_up = ops.linears(y, self.first, (True, True, True))
         if self.table is not None:
             ids, weights = ops.route_hash(
                 logits, batch.token_ids, self.table, c.routed_scaling_factor
@@ -41,5 +42,7 @@ class MoE:
         note(f"{self.name}.logits", logits)
         note(f"{self.name}.ids", ids)
         note(f"{self.name}.weights", weights)
-        z = ops.moe(y, ids, weights, self.experts, self.shared, c.swiglu_limit, self.first_expert)
+        limit = c.swiglu_limit
+        shared = ops.shared_expert(shared_gate, shared_up, self.shared_w2, limit, y.dtype)
+        z = ops.moe(y, ids, weights, self.experts, shared, limit, self.first_expert)
         return self.comm.all_reduce(z)

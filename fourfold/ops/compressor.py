@@ -70,7 +70,8 @@ def fold_runs(start: Tensor, gate: Tensor, value: Tensor, first: Tensor, count: 
 
 
 def _case(make: CaseMaker, ratio: int, series: int, width: int) -> dict[str, Any]:
-    lengths, computed = (1, 2 * ratio + 3, ratio), (0, ratio + 1, 2 * ratio - 1)
+    lengths = (1, 2 * ratio + 3, ratio, 2)
+    computed = (0, ratio + 1, 2 * ratio - 1, 2 * ratio)  # the last begins where a window does
     batch = lower(
         ScheduledBatch(
             tuple(
@@ -79,7 +80,7 @@ def _case(make: CaseMaker, ratio: int, series: int, width: int) -> dict[str, Any
                     num_computed_tokens=c,
                     block_ids=[2 * i, 2 * i + 1],
                     fold_source=i if c else -1,
-                    fold_keeps=[(n - 1, i)] + [(0, 3 + i)] * (n > 1),
+                    fold_keeps=[(n - 1, i)] + [(0, 4 + i)] * (n > 1),
                 )
                 for i, (n, c) in enumerate(zip(lengths, computed, strict=True))
             )
@@ -89,7 +90,7 @@ def _case(make: CaseMaker, ratio: int, series: int, width: int) -> dict[str, Any
         make.device,
     )
     wide = accumulate_dtype(make.dtype)
-    folds = make.randn(6, series, 3, width, dtype=wide)
+    folds = make.randn(8, series, 3, width, dtype=wide)
     folds[:, :, 1] = folds[:, :, 1].abs() + 1
     return {
         "kv": make.randn(sum(lengths), series * width, dtype=wide),
@@ -192,7 +193,7 @@ def _rows_cases(make: CaseMaker) -> Iterator[Case]:
                 "norm": 1 + make.randn(80, scale=0.1),
                 "inv_freq": inverse_frequencies(16, 10000.0, None).to(make.device),
                 "eps": 1e-6,
-                "pages": RowPages.zeros(format, 6, rows_per_page(ratio), make.device),
+                "pages": RowPages.zeros(format, 8, rows_per_page(ratio), make.device),
             },
         )
 

@@ -8,6 +8,7 @@ along K first, as the released models were trained. It does not know which layer
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,48 @@ def linear(x: Tensor, weight: Weight, unrounded: bool = False) -> Tensor:
     return result if unrounded else result.to(x.dtype)
 
 
+def _linears_cases(make: CaseMaker) -> Iterator[Case]:
+    weights = tuple(make.randn(rows, 128, scale=128**-0.5) for rows in (40, 256, 24))
+    for tokens in (1, 7):
+        yield Case(
+            f"{tokens} tokens",
+            {
+                "x": make.randn(tokens, 128),
+                "weights": weights,
+                "unrounded": (False, True, True),
+            },
+        )
+
+
+@op(_linears_cases, composite=True)
+def linears(
+    ops: Any, x: Tensor, weights: tuple[Weight, ...], unrounded: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    """Several linear layers of one input: `linear(x, weight, unrounded)` for each of them."""
+    pairs = zip(weights, unrounded, strict=True)
+    return tuple(ops.linear(x, weight, unrounded=wide) for weight, wide in pairs)
+
+
+def _norm_linears_cases(make: CaseMaker) -> Iterator[Case]:
+    for case in _linears_cases(make):
+        norm = 1 + make.randn(128, scale=0.1)
+        yield Case(case.name, {**case.arguments, "norm": norm, "eps": 1e-6})
+
+
+@op(_norm_linears_cases, composite=True)
+def norm_linears(
+    ops: Any,
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    weights: tuple[Weight, ...],
+    unrounded: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """Several linear layers of `rms_norm(x, norm, eps)`."""
+    outputs: tuple[Tensor, ...] = ops.linears(ops.rms_norm(x, norm, eps), weights, unrounded)
+    return outputs
+
+
 def _embed_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("whole", {"token_ids": make.randint(50, 9), "weight": make.randn(50, 16)})
     yield Case(
@@ -59,7 +102,7 @@ def _embed_cases(make: CaseMaker) -> Iterator[Case]:
     )
 
 
-@op(_embed_cases)
+@op(_embed_cases, batch_invariant=True)
 def embed(token_ids: Tensor, weight: Tensor, first_token: int = 0) -> Tensor:
     """Rows of `weight [V, D]` for `token_ids [T]` → `[T, D]`.
 
@@ -86,7 +129,7 @@ def _output_cases(make: CaseMaker) -> Iterator[Case]:
 
 
 @op(_output_cases, tolerance=Tolerance(float32=2e-5))
-def grouped_output(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
+def wo_a(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
     """Inverse rotary, then the block-diagonal projection `wo_a`.
 
     `attended [T, H, d]` still carries its query position's rotation in the last dims. `weight`

@@ -79,24 +79,30 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def _shared_cases(make: CaseMaker) -> Iterator[Case]:
-    d, i = 64, 96
-    yield Case(
-        "beyond the limit",
-        {
-            "y": make.randn(5, d, scale=6.0),
-            "w1": make.randn(i, d, scale=0.5),
-            "w2": make.randn(d, i, scale=0.1),
-            "w3": make.randn(i, d, scale=0.5),
-            "limit": 10.0,
-        },
-    )
+    wide = accumulate_dtype(make.dtype)
+    for name, d, i in (("beyond the limit", 64, 96), ("whole groups", 128, 256)):
+        yield Case(
+            name,
+            {
+                "gate": make.randn(5, i, scale=24.0, dtype=wide),
+                "up": make.randn(5, i, scale=24.0, dtype=wide),
+                "w2": make.randn(d, i, scale=0.1),
+                "limit": 9.99,  # no input is a bend of the clamp
+                "dtype": make.dtype,
+            },
+        )
 
 
-@op(_shared_cases, tolerance=Tolerance(float32=2e-5))
-def shared_expert(y: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float) -> Tensor:
-    """The shared expert of `y [T, D]`, unrounded: `[T, D]` float32 (float64)."""
-    hidden = swiglu(linear(y, w1, unrounded=True), linear(y, w3, unrounded=True), limit)
-    return linear(hidden.to(y.dtype), w2, unrounded=True)
+@op(_shared_cases, composite=True, tolerance=Tolerance(float32=2e-5))
+def shared_expert(
+    ops: Any, gate: Tensor, up: Tensor, w2: Weight, limit: float, dtype: torch.dtype
+) -> Tensor:
+    """The shared expert behind its first products, unrounded: `[T, D]` float32 (float64).
+
+    `gate, up [T, I]` are w1 y and w3 y, unrounded; the activation is rounded to the model's `dtype`.
+    """
+    out: Tensor = ops.linear(swiglu(gate, up, limit).to(dtype), w2, unrounded=True)
+    return out
 
 
 def _experts_cases(make: CaseMaker) -> Iterator[Case]:
@@ -115,6 +121,7 @@ def _experts_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("all experts", arguments)
     upper = {k: v[3:] if k in ("w1", "w2", "w3") else v for k, v in arguments.items()}
     yield Case("upper half", {**upper, "first_expert": 3})
+    yield Case("with the shared expert's", {**arguments, "shared": make.randn(7, d, dtype=wide)})
 
 
 @op(_experts_cases, tolerance=Tolerance(float32=2e-5), reads_host=True)
@@ -127,11 +134,13 @@ def routed_experts(
     w3: Weight,
     limit: float,
     first_expert: int = 0,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Sum of the picked experts of `y [T, D]` in slot order, unrounded: `[T, D]` float32 (float64).
 
     `w1, w3 [E, I, D]`, `w2 [E, D, I]` hold experts `first_expert …`; ids of others contribute nothing.
-    The routing weight multiplies the activation before it is rounded for the second product.
+    The routing weight multiplies the activation before it is rounded for the second product. With
+    `shared [T, D]`, unrounded too, it is added to the sum, which is then rounded to y's dtype.
     """
     wide = accumulate_dtype(y.dtype)
     results = torch.zeros(*ids.shape, y.shape[-1], dtype=wide, device=y.device)
@@ -149,15 +158,14 @@ def routed_experts(
     total = results[:, 0]
     for slot in range(1, ids.shape[1]):
         total = total + results[:, slot]
-    return total
+    return total if shared is None else (total + shared).to(y.dtype)
 
 
 def _moe_cases(make: CaseMaker) -> Iterator[Case]:
     routed = next(iter(_experts_cases(make))).arguments
-    shared = next(iter(_shared_cases(make))).arguments
     arguments = {k: routed[k] for k in ("y", "ids", "weights", "limit")}
     arguments["experts"] = tuple(routed[k] for k in ("w1", "w2", "w3"))
-    arguments["shared"] = tuple(shared[k] for k in ("w1", "w2", "w3"))
+    arguments["shared"] = make.randn(*routed["y"].shape, dtype=accumulate_dtype(make.dtype))
     yield Case("7 tokens", arguments)
 
 
@@ -168,10 +176,10 @@ def moe(
     ids: Tensor,
     weights: Tensor,
     experts: tuple[Weight, Weight, Weight],
-    shared: tuple[Weight, Weight, Weight],
+    shared: Tensor,
     limit: float,
     first_expert: int = 0,
 ) -> Tensor:
-    """Routed experts plus the shared expert, `[T, D]` in y's dtype; weights as (w1, w2, w3)."""
-    routed = ops.routed_experts(y, ids, weights, *experts, limit, first_expert)
-    return (routed + ops.shared_expert(y, *shared, limit)).to(y.dtype)
+    """Routed experts (w1, w2, w3) plus the shared expert's unrounded `[T, D]`, in y's dtype."""
+    summed: Tensor = ops.routed_experts(y, ids, weights, *experts, limit, first_expert, shared)
+    return summed

@@ -167,7 +167,7 @@ def _activation_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("huge", {"x": make.randn(2, 256, scale=1e30)})
 
 
-@op(_activation_cases, differentiable=False)
+@op(_activation_cases, differentiable=False, batch_invariant=True)
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """FP8 codes uint8 `[T, K]` and scale exponents int32 `[T, ceil(K/128)]` of x `[T, K]`.
 

@@ -78,7 +78,9 @@ class Op:
 
     `writes` names the arguments the op changes in place; every other op is pure. `differentiable`
     says that autograd through the body is meaningful, `reads_host` that the body reads numbers back
-    from the device, so that a step that runs it cannot be captured.
+    from the device, so that a step that runs it cannot be captured, `batch_invariant` that a token's
+    result has the same bits in every batch: the body copies, or works on each element by itself. Beside
+    its parts, which count for themselves, a composite does no more.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Op:
     composite: bool = False
     differentiable: bool = True
     reads_host: bool = False
+    batch_invariant: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(*args, **kwargs)
@@ -102,6 +105,7 @@ def op(
     composite: bool = False,
     differentiable: bool = True,
     reads_host: bool = False,
+    batch_invariant: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare a function as the body of the op of the same name."""
 
@@ -115,6 +119,7 @@ def op(
             composite=composite,
             differentiable=differentiable,
             reads_host=reads_host,
+            batch_invariant=batch_invariant or composite,
         )
 
     return declare
@@ -127,6 +132,8 @@ class Kernel:
     `dtypes` are the model dtypes it takes; `supports` says why a model's shapes do not suit it (None:
     they do). Larger `priority` is tried first; the body has priority 0. `prepare` gives a weight as
     `run` wants it stored, changing it in place where it can; `run` takes other weights too.
+    `batch_invariant` promises what every kernel here is tested for: a token's result has the same bits
+    alone and in any batch.
     """
 
     op: str
@@ -137,16 +144,23 @@ class Kernel:
     dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float32})
     supports: Callable[[ModelConfig], str | None] = field(default=lambda config: None)
     prepare: Callable[[Weight], Weight] | None = None
+    batch_invariant: bool = True
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen for one op, why, and why the others were not."""
+    """The kernel chosen for one op, why, and why the others were not.
+
+    `rejected` are (kernel, why) of those tried before; `others` are those that would have been tried
+    after. `batch_invariant`: see `Op` and `Kernel`.
+    """
 
     op: str
     kernel: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
+    batch_invariant: bool = False
 
 
 class KernelPlan:
@@ -182,7 +196,10 @@ class KernelPlan:
     @staticmethod
     def bodies(ops: Sequence[Op]) -> KernelPlan:
         """The plan that runs every op's definition."""
-        return KernelPlan(ops, {}, [Choice(o.name, BODY, "definition") for o in ops])
+        chosen = [
+            Choice(o.name, BODY, "definition", batch_invariant=o.batch_invariant) for o in ops
+        ]
+        return KernelPlan(ops, {}, chosen)
 
     @staticmethod
     def resolve(
@@ -192,11 +209,13 @@ class KernelPlan:
         config: ModelConfig,
         dtype: torch.dtype,
         overrides: Mapping[str, str] | None = None,
+        failed: Mapping[tuple[str, str], str] | None = None,
     ) -> KernelPlan:
         """Choose a kernel for every op of a model that runs in `dtype`.
 
         `overrides` maps op names to kernel names (`--kernel OP=NAME`); `KernelError` if either does
-        not exist or the kernel cannot run here.
+        not exist or the kernel cannot run here. `failed` says of (op, kernel) how it failed a check
+        of this machine: such a kernel is chosen only where it is forced.
         """
         forced = dict(overrides or {})
         known = {o.name for o in ops}
@@ -208,11 +227,17 @@ class KernelPlan:
         chosen: dict[str, Kernel] = {}
         choices = []
         for each in ops:
-            candidates = sorted(
-                (k for k in kernels if k.op == each.name), key=lambda k: -k.priority
-            )
-            refusals = {k.name: _refusal(k, device, config, dtype) for k in candidates}
-            kernel, choice = _choose(each.name, candidates, refusals, device, forced.get(each.name))
+            candidates = [
+                _Candidate(
+                    k, _refusal(k, device, config, dtype), (failed or {}).get((k.op, k.name))
+                )
+                for k in sorted(kernels, key=lambda k: -k.priority)
+                if k.op == each.name
+            ]
+            if each.name in forced:
+                kernel, choice = _forced(each, candidates, forced[each.name])
+            else:
+                kernel, choice = _choose(each, candidates, device)
             if kernel:
                 chosen[each.name] = kernel
             choices.append(choice)
@@ -227,32 +252,55 @@ class KernelPlan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A kernel, why it cannot run here, and how it failed a check here."""
+
+    kernel: Kernel
+    refusal: str | None
+    failure: str | None
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    @property
+    def standing(self) -> str | None:
+        """Why it is not to be chosen."""
+        return self.refusal or self.failure
+
+
+def _forced(op: Op, candidates: Sequence[_Candidate], wanted: str) -> tuple[Kernel | None, Choice]:
+    others = tuple((c.name, c.standing or "could run here") for c in candidates if c.name != wanted)
+    reason = "forced by --kernel"
+    if wanted == BODY:
+        return None, Choice(op.name, BODY, reason, (), others, op.batch_invariant)
+    found = next((c for c in candidates if c.name == wanted), None)
+    if found is None:
+        names = ", ".join([*(c.name for c in candidates), BODY])
+        raise KernelError(f"--kernel {op.name}={wanted}: no such kernel; {op.name} has {names}")
+    if found.refusal:
+        raise KernelError(f"--kernel {op.name}={wanted}: {found.refusal}")
+    if found.failure:
+        reason += f", although it {found.failure}"
+    kernel = found.kernel
+    return kernel, Choice(op.name, wanted, reason, (), others, kernel.batch_invariant)
+
+
 def _choose(
-    name: str,
-    candidates: Sequence[Kernel],
-    refusals: Mapping[str, str | None],
-    device: Device,
-    forced: str | None,
+    op: Op, candidates: Sequence[_Candidate], device: Device
 ) -> tuple[Kernel | None, Choice]:
-    if forced is not None:
-        if forced == BODY:
-            return None, Choice(name, BODY, "forced by --kernel")
-        if forced not in refusals:
-            names = ", ".join([*refusals, BODY])
-            raise KernelError(f"--kernel {name}={forced}: no such kernel; {name} has {names}")
-        if refusals[forced]:
-            raise KernelError(f"--kernel {name}={forced}: {refusals[forced]}")
-        kernel = next(k for k in candidates if k.name == forced)
-        return kernel, Choice(name, forced, "forced by --kernel")
-    rejected: list[tuple[str, str]] = []
-    for kernel in candidates:
-        why = refusals[kernel.name]
-        if why is None:
-            reason = f"first that suits {device.arch.name}"
-            return kernel, Choice(name, kernel.name, reason, tuple(rejected))
-        rejected.append((kernel.name, why))
-    reason = "no kernel suits this device" if candidates else "the op's definition"
-    return None, Choice(name, BODY, reason, tuple(rejected))
+    at = next((n for n, c in enumerate(candidates) if c.standing is None), len(candidates))
+    rejected = tuple((c.name, c.standing or "") for c in candidates[:at])
+    if at == len(candidates):
+        reason = "no kernel suits this device" if candidates else "the op's definition"
+        return None, Choice(op.name, BODY, reason, rejected, (), op.batch_invariant)
+    kernel = candidates[at].kernel
+    others = tuple(
+        (c.name, c.standing or f"stands behind {kernel.name}") for c in candidates[at + 1 :]
+    )
+    reason = f"first that suits {device.arch.name}"
+    return kernel, Choice(op.name, kernel.name, reason, rejected, others, kernel.batch_invariant)
 
 
 def _refusal(kernel: Kernel, device: Device, config: ModelConfig, dtype: torch.dtype) -> str | None:

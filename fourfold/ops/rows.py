@@ -52,7 +52,7 @@ def _pack(data: Tensor, scales: Tensor, format: RowFormat) -> RowPages:
     return RowPages(storage, format, count)
 
 
-@op(_encode_cases, reads_host=True)
+@op(_encode_cases, reads_host=True, batch_invariant=True)
 def encode_rows(rows: Tensor, format: RowFormat) -> RowPages:
     """`rows [N, d]` in `format`, as one page of N rows.
 
@@ -105,7 +105,7 @@ def _store_cases(make: CaseMaker) -> Iterator[Case]:
         yield Case(name, {"pages": pages, "rows": rows, "slots": slots})
 
 
-@op(_store_cases, writes=("pages",), reads_host=True)
+@op(_store_cases, writes=("pages",), reads_host=True, batch_invariant=True)
 def store_rows(pages: RowPages, rows: RowPages, slots: Tensor) -> None:
     """Write row i of `rows` to slot `slots[i]` of `pages`; −1 writes nowhere."""
     kept = (slots >= 0).nonzero().squeeze(-1)

@@ -110,7 +110,12 @@ def _uniform_cases(make: CaseMaker) -> Iterator[Case]:
         yield Case(f"purpose {purpose}", inputs)
 
 
-@op(_uniform_cases, tolerance=Tolerance(float32=0.0), differentiable=False)
+@op(
+    _uniform_cases,
+    tolerance=Tolerance(float32=0.0),
+    differentiable=False,
+    batch_invariant=True,
+)
 def uniform(streams: Tensor, positions: Tensor) -> Tensor:
     """Numbers in [0, 1), float64 `[N]`: functions of seed, purpose and absolute token position alone.
 
@@ -183,7 +188,7 @@ def _verify_cases(make: CaseMaker) -> Iterator[Case]:
     )
 
 
-@op(_verify_cases, differentiable=False)
+@op(_verify_cases, differentiable=False, batch_invariant=True)
 def count_accepted(sampled: Tensor, drafts: Tensor) -> Tensor:
     """How many drafts stand, int64 `[N]`: the leading ones that equal what was sampled there.
 
@@ -193,6 +198,24 @@ def count_accepted(sampled: Tensor, drafts: Tensor) -> Tensor:
     what would have been sampled one at a time: speculation changes nothing but the number of steps.
     """
     return (sampled[:, : drafts.shape[1]] == drafts).to(torch.int64).cumprod(-1).sum(-1)
+
+
+def _likeliest_cases(make: CaseMaker) -> Iterator[Case]:
+    logits = make.randn(4, 50, dtype=torch.float32).round()
+    logits[1, 40], logits[2] = float("nan"), float("-inf")
+    allowed = torch.ones(50, dtype=torch.bool, device=make.device)
+    allowed[logits[0].argmax()] = False
+    yield Case("ties", {"logits": logits, "allowed": None})
+    yield Case("a mask", {"logits": logits, "allowed": allowed})
+
+
+@op(_likeliest_cases, differentiable=False, batch_invariant=True)
+def likeliest(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """The token with the largest of `logits [N, V]` among those `allowed [V]`, int64 `[N]`; the first
+    of equals, and the first NaN before all."""
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    return logits.argmax(-1)
 
 
 def _logprob_cases(make: CaseMaker) -> Iterator[Case]:

@@ -4,8 +4,9 @@ Contract: `resolve` asks six stages about every linear layer and every layer's r
 all their answers, and decides. With files the header decides, and a field that contradicts it is an
 error naming both, unless `--expert-dtype` confirms the header; silence is never a contradiction.
 Without files the first stage that speaks decides. A scheme without an implementation is refused by
-name. Everything is looked up by `Role`. Torch-free; it reads no file, and knows neither how the
-schemes store numbers (the other files here) nor the spellings of names (it is given them).
+name. Whoever wants to hear of every such error gives a `report` that does not raise. Everything is
+looked up by `Role`. Torch-free; it reads no file, and knows neither how the schemes store numbers
+(the other files here) nor the spellings of names (it is given them).
 
     header > --expert-dtype > expert_dtype > per-layer rules > quant_method, fmt > family default
 """
@@ -52,6 +53,24 @@ class Decision:
     stage: Stage
     reason: str
     stages: tuple[StageOpinion, ...]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What `resolve` refuses, in one sentence. `header` is the weight it is about, if it is about one;
+    `opinion` the field that contradicts that header, if that is what is wrong."""
+
+    text: str
+    header: TensorHeader | None = None
+    opinion: StageOpinion | None = None
+
+
+Report = Callable[[Fault], None]
+
+
+def refuse(fault: Fault) -> None:
+    """The report of those who stop at the first fault."""
+    raise QuantizationError(fault.text)
 
 
 @dataclass(frozen=True)
@@ -121,19 +140,21 @@ def resolve(
     headers: Mapping[str, TensorHeader] | None = None,
     expert_dtype: str = "auto",
     native: Callable[[str], Iterable[str]] = same_name,
+    report: Report = refuse,
 ) -> Resolution:
     """Decide for every linear layer and every routed expert of `config`.
 
     `headers`: all tensors of the checkpoint under the file's names, or None when planning without
     files. `expert_dtype`: the value of `--expert-dtype`. `native`: the native names a weight's file
     name stands for (`layers.0.ffn.experts.3.w1.weight`, or `layers.0.ffn.experts.w1.weight` for all
-    experts stacked); none for a tensor that is no weight. Raises `QuantizationError`.
+    experts stacked); none for a tensor that is no weight. Raises `QuantizationError`, unless `report`
+    returns: then what a fault is about is left out, and headers decide against fields.
     """
     expect_choice("--expert-dtype", expert_dtype, EXPERT_DTYPES)
     specs = [s for s in parameters(config) if s.storage in (Storage.EXPERT, Storage.LINEAR)]
     stored = gather(specs, headers or {}, native)
-    found = {spec.name: _find(spec, stored[spec.name]) for spec in specs}
-    _check_layers(specs, found)
+    found = {spec.name: _find(spec, stored[spec.name], report) for spec in specs}
+    _check_layers(specs, found, report)
     says = ConfigOpinions(config)
     silent = "there are no files" if headers is None else "the files do not hold it"
     decided: dict[str, Decision] = {}
@@ -148,15 +169,27 @@ def resolve(
         )
         first = next(one.scheme for one in stages if one.scheme is not None)
         fp8_experts |= spec.storage is Storage.EXPERT and first == FP8_BLOCK
+        if found[spec.name]:
+            header = stored[spec.name][0].weight
+            for fault in _contradictions(spec, stages, found[spec.name][0], header):
+                report(fault)
         decided[spec.name] = _decide(spec, stages, found[spec.name], says.scale_fmt, fp8_experts)
     return Resolution(FrozenDict({(s.prefix, s.role): decided[s.name] for s in specs}))
 
 
-def _find(spec: ParamSpec, stored: Iterable[StoredWeight]) -> tuple[Finding, ...]:
-    return tuple(classify(one, spec.shape[-1]) for one in stored)
+def _find(spec: ParamSpec, stored: Iterable[StoredWeight], report: Report) -> tuple[Finding, ...]:
+    found = []
+    for one in stored:
+        try:
+            found.append(classify(one, spec.shape[-1]))
+        except QuantizationError as error:
+            report(Fault(str(error), one.weight))
+    return tuple(found)
 
 
-def _check_layers(specs: Iterable[ParamSpec], found: Mapping[str, tuple[Finding, ...]]) -> None:
+def _check_layers(
+    specs: Iterable[ParamSpec], found: Mapping[str, tuple[Finding, ...]], report: Report
+) -> None:
     """All routed experts of a layer are computed as one, so they must be stored alike."""
     first: dict[str, Finding] = {}
     for spec in specs:
@@ -165,11 +198,13 @@ def _check_layers(specs: Iterable[ParamSpec], found: Mapping[str, tuple[Finding,
         for finding in found[spec.name]:
             other = first.setdefault(spec.prefix, finding)
             if (other.scheme, other.scale_format) != (finding.scheme, finding.scale_format):
-                raise QuantizationError(
+                text = (
                     f"the routed experts of {spec.prefix.rstrip('.')} are stored in two formats: "
                     f"{other.reason} ({_stored_as(other)}), but {finding.reason} "
                     f"({_stored_as(finding)}); one layer's experts must share one"
                 )
+                report(Fault(text))
+                break
 
 
 def _stored_as(finding: Finding | Decision) -> str:
@@ -267,7 +302,6 @@ def _decide(
     fp8_experts: bool,
 ) -> Decision:
     if found:
-        _check_contradictions(spec, stages, found[0])
         return Decision(
             found[0].scheme, found[0].scale_format, Stage.HEADER, found[0].reason, stages
         )
@@ -278,17 +312,18 @@ def _decide(
     return Decision(first.scheme, scale_format, first.stage, first.reason, stages)
 
 
-def _check_contradictions(
-    spec: ParamSpec, stages: tuple[StageOpinion, ...], found: Finding
-) -> None:
+def _contradictions(
+    spec: ParamSpec, stages: tuple[StageOpinion, ...], found: Finding, header: TensorHeader
+) -> Iterator[Fault]:
     """With files: an override must fit the bytes, and a field may not say otherwise unconfirmed."""
     explicit = next(opinion for opinion in stages if opinion.stage is Stage.EXPLICIT)
     words = {MXFP4: "fp4", FP8_BLOCK: "fp8", PLAIN: "bf16"}
     if explicit.scheme not in (None, found.scheme):
-        raise QuantizationError(
+        text = (
             f"{explicit.reason} asks for {explicit.scheme}, but {found.reason} ({found.scheme}): "
             f"the bytes cannot be read so; use --expert-dtype auto or {words[found.scheme]}"
         )
+        yield Fault(text, header, explicit)
     for opinion in stages:
         if opinion.scheme in (None, found.scheme) or not _binds(opinion, found):
             continue
@@ -299,7 +334,7 @@ def _check_contradictions(
             text += f"if the file is right, confirm it with --expert-dtype {words[found.scheme]}"
         else:
             text += "correct the field"
-        raise QuantizationError(text)
+        yield Fault(text, header, opinion)
 
 
 def _binds(opinion: StageOpinion, found: Finding) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -202,7 +202,7 @@ class Call:
             await self._event(sse.data(self.error_body(answer)))
             await self._write({"type": "http.response.body", "body": b""})
 
-    def note_usage(self, usage: Usage, first_token: float | None, reasons: list[str]) -> None:
+    def note_usage(self, usage: Usage, first_token: float | None, reasons: Sequence[str]) -> None:
         """Put sizes and times of what was generated into the log line."""
         self.notes |= {
             "prompt_tokens": usage.prompt,

@@ -3,9 +3,9 @@
     Job ─▶ Generation.pieces ─▶ Piece … ─▶ routes turn pieces into chunks or one message
 
 Contract: every sequence of a job ends exactly once, with the piece that carries its `Finish`. Leaving
-`pieces` early aborts what runs. A demanded beginning of the answer (a tool call that the request
-insists on) is written here: before the answer, or, in thinking mode, as soon as the reasoning has
-ended. It does not know HTTP nor the shape of responses.
+`pieces` early aborts what runs. A demanded beginning of the answer that stands before all else (a tool
+call that the request insists on, without thinking) is written here; one that comes after the reasoning
+is a grammar of the engine's. It does not know HTTP nor the shape of responses.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fourfold.core.errors import FourfoldError
 from fourfold.core.request import (
     NOT_FINITE,
-    FinishReason,
     Grammar,
     Request,
     RequestOutput,
@@ -46,8 +45,8 @@ _MERGED = 64
 class Job:
     """One prompt and how to read what follows it.
 
-    `forced` are the tokens the answer must begin with; `end_think` is the token they come after if
-    the answer begins with reasoning, else None. `single_call` ends the answer after one tool call.
+    `forced` are tokens that the answer begins with and the model only continues. `single_call` ends the
+    answer after one tool call.
     """
 
     prompt: tuple[int, ...]
@@ -57,7 +56,6 @@ class Job:
     cache_salt: str | None = None
     image_positions: tuple[int, ...] = ()
     forced: tuple[int, ...] = ()
-    end_think: int | None = None
     single_call: bool = False
     grammar: Grammar | None = None
 
@@ -123,7 +121,6 @@ class Generation:
     _cached: int | None = None
     _accepted: int = 0
     _miss: str | None = None
-    _generated: list[int] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         job, eos = self.job, self.serving.info.eos_token_id
@@ -145,29 +142,20 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Run to the end."""
         job, how = self.job, "abort"
-        prompt, params = job.prompt, job.params
         try:
-            if job.forced and job.end_think is None:
-                prompt = (*prompt, *job.forced)
-                for index in range(params.n):
-                    yield self._forced(index)
-            elif job.end_think is not None:
-                params = replace(params, stop_token_ids=(*params.stop_token_ids, job.end_think))
-            first = Request(
+            for index in range(job.params.n if job.forced else 0):
+                yield self._piece(RequestOutput(job.request_id, job.forced, index=index))
+            request = Request(
                 job.request_id,
-                prompt,
-                params,
+                (*job.prompt, *job.forced),
+                job.params,
                 cache_salt=job.cache_salt,
                 image_positions=job.image_positions,
                 grammar=job.grammar,
             )
-            async with aclosing(self._run(first)) as pieces:
+            async with aclosing(self._run(request)) as pieces:
                 async for piece in pieces:
                     yield piece
-            if job.end_think is not None and not self.answers[0].finished:
-                async with aclosing(self._after_reasoning()) as pieces:
-                    async for piece in pieces:
-                        yield piece
         except FourfoldError:
             how = "error"
             raise
@@ -175,60 +163,18 @@ class Generation:
             self._close(how)
 
     async def _run(self, request: Request) -> AsyncGenerator[Piece, None]:
-        """One request to the engine, until it has ended or its reasoning has."""
         engine = self.serving.engine
         async with aclosing(engine.generate(request)) as outputs:
             async for output in outputs:
                 self._observe(output)
-                reasoned = self._ends_reasoning(output)
-                if reasoned:
-                    output = self._reopened(output)
                 piece = self._piece(output)
                 answer = self.answers[output.index]
                 if answer.must_abort:
                     answer.must_abort = False
                     await engine.abort(request.request_id, output.index)
                 yield piece
-                if reasoned or all(each.finished for each in self.answers):
+                if all(each.finished for each in self.answers):
                     return
-
-    # ---- the demanded beginning, in thinking mode: the reasoning is one request, the rest another
-
-    def _ends_reasoning(self, output: RequestOutput) -> bool:
-        """Whether this output ends the reasoning after which something is demanded."""
-        if self.job.end_think is None or output.finish_reason is not FinishReason.STOP:
-            return False
-        ends = (self.job.end_think, self.serving.info.eos_token_id)
-        return output.stop_reason in ends and self.answers[0].parser.in_reasoning
-
-    def _reopened(self, output: RequestOutput) -> RequestOutput:
-        """The same, ending in `</think>` and going on."""
-        end = self.job.end_think
-        assert end is not None
-        tokens = (*output.new_token_ids[:-1], end)
-        return output._replace(new_token_ids=tokens, finish_reason=None, stop_reason=None)
-
-    async def _after_reasoning(self) -> AsyncGenerator[Piece, None]:
-        """What is demanded, and what follows it."""
-        job, answer = self.job, self.answers[0]
-        yield self._forced(0)
-        prompt = (*job.prompt, *self._generated)
-        left = self.serving.info.max_model_len - len(prompt)
-        if job.params.max_tokens is not None:
-            left = min(left, job.params.max_tokens - answer.num_tokens)
-        if left < 1:
-            yield self._piece(RequestOutput(job.request_id, (), FinishReason.LENGTH))
-            return
-        least = min(max(job.params.min_tokens - answer.num_tokens, 0), left)
-        params = replace(job.params, max_tokens=left, min_tokens=least)
-        second = Request(f"{job.request_id}-call", prompt, params, cache_salt=job.cache_salt)
-        async with aclosing(self._run(second)) as pieces:
-            async for piece in pieces:
-                yield piece
-
-    def _forced(self, index: int) -> Piece:
-        """The tokens that the request demands, as if they had been generated."""
-        return self._piece(RequestOutput(self.job.request_id, self.job.forced, index=index))
 
     # ---- reading
 
@@ -240,8 +186,6 @@ class Generation:
         if self.job.single_call:
             events = self._first_call_only(answer, events)
         taken = answer.num_tokens - before
-        if self.job.end_think is not None:
-            self._generated += output.new_token_ids[:taken]
         if answer.finished and not was_finished:
             self._ended(answer, events)
         return Piece(

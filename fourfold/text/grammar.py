@@ -8,11 +8,11 @@ may still be refused there.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourfold.core.errors import RequestError
-from fourfold.core.request import Grammar
+from fourfold.core.request import BEGINNING, Grammar
 from fourfold.text.checks import (
     checked_object,
     checked_text,
@@ -87,6 +87,22 @@ def read_choices(source: str) -> list[str]:
         if not checked_text(each, "each text of the choice"):
             raise RequestError("the choice must not hold an empty text")
     return found
+
+
+def beginning_grammar(
+    token_ids: Sequence[int], after_token: int | None, max_free_tokens: int | None = None
+) -> Grammar:
+    """The demand that an answer begin with these tokens, possibly none; the rest as in `Grammar`."""
+    return Grammar(BEGINNING, json.dumps(list(token_ids)), after_token, max_free_tokens)
+
+
+def read_tokens(source: str, vocab_size: int) -> list[int]:
+    """The inverse. Raises `RequestError`."""
+    found = _parsed(source, "demanded beginning")
+    ok = isinstance(found, list) and all(type(each) is int for each in found)
+    if not ok or (found and not 0 <= min(found) <= max(found) < vocab_size):
+        raise RequestError("a demanded beginning must be a list of token ids")
+    return list(found)
 
 
 def _check_schema(source: str) -> None:

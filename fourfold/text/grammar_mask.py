@@ -18,15 +18,21 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from fourfold.core.errors import RequestError
-from fourfold.core.request import Grammar
+from fourfold.core.request import BEGINNING, Grammar
 from fourfold.text.grammar import check_source, read_choices
+from fourfold.text.token_mask import (
+    Mask,
+    MaskRows,
+    after_reasoning,
+    bit_row,
+    clear_bit,
+    demand_mask,
+    has_bit,
+)
 from fourfold.text.tokenizer import Tokenizer
-
-MaskRows = npt.NDArray[np.int32]
 
 # Blanks between two parts of JSON: bounded, or an answer may consist of them alone.
 _BLANKS = r"[ \t\r\n]{1,64}"
@@ -160,12 +166,15 @@ class GrammarMasks:
         self._known = bit_row([*known, eos_token_id], vocab_size)
         self._templates: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
-    def __call__(self, grammar: Grammar, vocab_size: int) -> GrammarMask:
+    def __call__(self, grammar: Grammar, vocab_size: int) -> Mask:
         """A mask at the beginning of an answer. Raises `RequestError`."""
         if vocab_size != self.vocab_size:
             raise ValueError(f"masks are for {self.vocab_size} tokens, not for {vocab_size}")
-        begin = partial(self._template, grammar)
-        return GrammarMask(begin, self._known, self.eos_token_id, grammar.after_token)
+        words, eos = len(self._known), self.eos_token_id
+        if grammar.kind == BEGINNING:
+            return demand_mask(grammar, eos, words)
+        mask = GrammarMask(partial(self._template, grammar), self._known, eos)
+        return after_reasoning(mask, grammar, eos, words)
 
     def _template(self, grammar: Grammar, spent: LLMatcher | None = None) -> LLMatcher:
         """A matcher at the grammar's beginning, to be copied: another than `spent`. Raises
@@ -180,11 +189,8 @@ class GrammarMasks:
 
 
 class GrammarMask:
-    """A grammar at some point of its sequence's output.
-
-    Everything is allowed until `after_token` has come (None: the grammar holds from the start), what the
-    grammar allows from then on, and after its end the end-of-sequence token alone. `failure` says why
-    the answer cannot go on, None while it can.
+    """A grammar at some point of its sequence's output: what it allows, and after its end the
+    end-of-sequence token alone. `failure` says why the answer cannot go on, None while it can.
 
     Copies of a matcher share what they have built of the lexer, and its limit. When that is reached,
     a sequence goes on with a fresh one, eight times at most, so that it does not fail for what others did.
@@ -195,15 +201,14 @@ class GrammarMask:
         template: Callable[[LLMatcher | None], LLMatcher],
         known: MaskRows,
         eos_token_id: int,
-        after_token: int | None,
     ):
         self.failure: str | None = None
+        self.open_for = 0
         self._known = known
         self._new_template, self._template, self._renewals = template, template(None), 0
         self._may_renew = True
         self._matcher = self._template.deep_copy()
-        self._eos, self._after = eos_token_id, after_token
-        self._armed, self._done = after_token is None, False
+        self._eos, self._done = eos_token_id, False
         self._matched: list[int] = []  # committed tokens that the matcher has taken
         self._failing: tuple[int, str] | None = None  # row of the latest mask that failed, and why
 
@@ -212,17 +217,15 @@ class GrammarMask:
         word t // 32. Row i is for after the first i drafts; all its bits are set where these break the
         grammar. No row is empty."""
         rows = np.full((1 + len(drafts), len(self._known)), -1, np.int32)
-        armed, done = self._armed, self._done
+        done = self._done
         tried: list[int] = []
         self._failing, self._may_renew = None, True
         for number, row in enumerate(rows):
             if number:
                 token = drafts[number - 1]
-                if not _has(rows[number - 1], token):
+                if not has_bit(rows[number - 1], token):
                     break
-                if not armed:
-                    armed = token == self._after
-                elif token == self._eos:
+                if token == self._eos:
                     done = True
                 elif self._consume(token, tried):
                     tried.append(token)
@@ -231,7 +234,7 @@ class GrammarMask:
                     break
             if done:
                 row[:] = bit_row([self._eos], 32 * len(row))
-            elif armed and not (self._fill(row) or (self._renew(tried) and self._fill(row))):
+            elif not (self._fill(row) or (self._renew(tried) and self._fill(row))):
                 self._fail(row, number)
                 break
         if tried and (self._matcher.is_error() or not self._matcher.rollback(len(tried))):
@@ -247,9 +250,7 @@ class GrammarMask:
         for token in tokens:
             if self.failure is not None or self._done:
                 return
-            if not self._armed:
-                self._armed = token == self._after
-            elif token == self._eos:
+            if token == self._eos:
                 self._done = True
             elif self._consume(token, ()):
                 self._matched.append(token)
@@ -260,8 +261,8 @@ class GrammarMask:
         """Write what the grammar allows now into `row`; whether that is anything."""
         matcher, eos = self._matcher, self._eos
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if _has(row, eos) and not matcher.is_accepting():
-            row[eos >> 5] &= ~_BITS[eos & 31]
+        if has_bit(row, eos) and not matcher.is_accepting():
+            clear_bit(row, eos)
         row &= self._known
         return bool(row.any())
 
@@ -288,17 +289,3 @@ class GrammarMask:
         self._template = self._new_template(self._template)
         self._matcher = self._template.deep_copy()
         return self._matcher.consume_tokens([*self._matched, *tried])
-
-
-_BITS = (1 << np.arange(32, dtype=np.uint32)).view(np.int32)
-
-
-def _has(row: MaskRows, token: int) -> bool:
-    return bool(row[token >> 5] & _BITS[token & 31])
-
-
-def bit_row(tokens: Sequence[int], vocab_size: int) -> MaskRows:
-    """The bits of `tokens`, `[words]`."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, bool)
-    bits[list(tokens)] = True
-    return np.packbits(bits, bitorder="little").view(np.int32)

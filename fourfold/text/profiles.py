@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
-from fourfold.core.errors import ConfigError
+from fourfold.core.errors import ConfigError, RequestError
 from fourfold.text.checks import refuse
 
 ENCODER_FILE = "encoding/encoding_dsv4.py"
@@ -127,6 +127,9 @@ def _thinking_switch(value: object) -> bool | None:
     kind = value.get("type")
     if kind not in ("enabled", "disabled"):
         refuse("thinking.type", "'enabled' or 'disabled'", kind)
+    for name in value:
+        if name != "type":
+            raise RequestError(f"thinking.{name!s:.80} is not supported")
     return bool(kind == "enabled")
 
 

@@ -102,6 +102,7 @@ def read_tools(value: object, where: str) -> tuple[Tool, ...]:
         kind = checked_object(item, place).get("type", "function")
         if kind != "function":
             refuse(f"{place}.type", "'function'", kind)
+        _expect_known(item, ("type", "function"), place)
         function = checked_object(item.get("function"), f"{place}.function")
         tool = _read_function(function, f"{place}.function")
         if any(tool.name == other.name for other in tools):
@@ -110,7 +111,17 @@ def read_tools(value: object, where: str) -> tuple[Tool, ...]:
     return tuple(tools)
 
 
+def _expect_known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise RequestError(f"{where}.{name!s:.80} is not supported")
+
+
 def _read_function(function: Mapping[str, Any], where: str) -> Tool:
+    _expect_known(function, ("name", "description", "parameters", "strict"), where)
+    if function.get("strict") not in (None, False):
+        why = "calls are not held to their schema"
+        raise RequestError(f"{where}.strict is not supported: {why}")
     name = _read_name(function.get("name"), f"{where}.name")
     description = function.get("description")
     parameters = function.get("parameters")

@@ -19,7 +19,7 @@ from fourfold.core.config import ModelConfig
 from fourfold.core.errors import CheckpointError, listing
 from fourfold.core.parameters import EXPERT_ROLES, ParamSpec, Storage, parameters
 from fourfold.weights.header import printable
-from fourfold.weights.names import LeftOut, NameTable, Part, Place, expert_name
+from fourfold.weights.names import LeftOut, NameTable, Part, Place, expert_name, parse
 
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 INTEGER_DTYPES = ("I64", "I32")
@@ -27,6 +27,17 @@ FP8_DTYPES = ("F8_E4M3",)
 FP4_DTYPES = ("I8", "U8", "F4")
 
 _QUANTISABLE = (Storage.LINEAR, Storage.EXPERT)
+
+
+def may_be_stale(name: str, headers: Mapping[str, TensorHeader]) -> bool:
+    """Whether an index may list `name` although no file holds it: a `wo_a` that was dequantised may
+    leave its scale behind."""
+    parsed = parse(name)
+    if parsed is None or parsed.part is not Part.SCALE:
+        return False
+    weight = headers.get(name.rpartition(".")[0] + ".weight")
+    is_wo_a = "wo_a" in parsed.roles[0].value.split(".")
+    return is_wo_a and weight is not None and weight.dtype in PLAIN_DTYPES
 
 
 @dataclass(frozen=True, slots=True)

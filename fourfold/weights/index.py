@@ -87,7 +87,7 @@ def read_index(
         weight_map = None
         shards = [name for name in present if _is_weights(name)]
         _refuse_nothing(directory, shards, present)
-        _refuse_missing(directory, _gaps(shards))
+        _refuse_missing(directory, missing_shards(shards))
     headers = _union(directory, shards)
     if weight_map is not None:
         notes += _compare(weight_map, headers, may_be_stale)
@@ -108,7 +108,7 @@ def read_weight_map(path: Path) -> WeightMap:
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path.name}: weight_map must be an object that names tensors")
     for name, file in files.items():
-        if not isinstance(file, str) or not _is_plain(file):
+        if not isinstance(file, str) or not is_plain(file):
             where = f"{path.name}, byte {key_offset(raw, name)}"
             raise CheckpointError(
                 f"{where}: {printable(name)} is in {printable(str(file))}; expected the plain name "
@@ -118,13 +118,18 @@ def read_weight_map(path: Path) -> WeightMap:
     return WeightMap(files, total if isinstance(total, int) else None, raw)
 
 
-def _is_plain(file: str) -> bool:
+def is_plain(file: str) -> bool:
     """A name that cannot leave its directory."""
     return _is_weights(file) and file.isprintable() and not ({"/", "\\"} & set(file))
 
 
 def _is_weights(file: str) -> bool:
     return file.endswith(".safetensors") and not file.startswith(".")
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The .safetensors files in `directory`, sorted. Raises `CheckpointError`."""
+    return [name for name in _files(directory) if _is_weights(name)]
 
 
 def _files(directory: Path) -> list[str]:
@@ -157,7 +162,7 @@ def _refuse_missing(directory: Path, missing: Iterable[str]) -> None:
         )
 
 
-def _gaps(shards: list[str]) -> list[str]:
+def missing_shards(shards: list[str]) -> list[str]:
     """Files that the numbering `X-00002-of-00046` promises and that are not there."""
     promised: set[str] = set()
     for match in filter(None, map(_SHARD.fullmatch, shards)):

@@ -29,9 +29,9 @@ from fourfold.core.tensor import QuantScheme, QuantTensor, Weight
 from fourfold.quant.headers import E8M0
 from fourfold.quant.resolve import Decision, Resolution, resolve
 from fourfold.quant.schemes import SCHEMES
-from fourfold.weights.coverage import PLAIN_DTYPES, Matching, Source, Stored
-from fourfold.weights.index import CheckpointIndex, Headers, read_index
-from fourfold.weights.names import Part, native_weight_names, parse
+from fourfold.weights.coverage import Matching, Source, Stored, may_be_stale
+from fourfold.weights.index import CheckpointIndex, read_index
+from fourfold.weights.names import native_weight_names
 from fourfold.weights.raw import STORED_DTYPES, MappedFiles, to_float
 
 Progress = Callable[[str, int, int], None]
@@ -87,7 +87,7 @@ def open_checkpoint(
     missing, unexpected and mismatched tensor, or `QuantizationError` if a scheme is contradictory
     or unsupported.
     """
-    index = read_index(Path(directory), _may_be_stale)
+    index = read_index(Path(directory), may_be_stale)
     matching = Matching(index.directory, index.headers, config)
     if not matching.is_complete and not matching.has_foreign_kinds():
         raise matching.error()
@@ -143,16 +143,6 @@ def load(
         if progress is not None:
             progress(prefix, done, total)
     return weights
-
-
-def _may_be_stale(name: str, headers: Headers) -> bool:
-    """A `wo_a` that was dequantised may leave its scale behind in the index."""
-    parsed = parse(name)
-    if parsed is None or parsed.part is not Part.SCALE:
-        return False
-    weight = headers.get(name.rpartition(".")[0] + ".weight")
-    is_wo_a = "wo_a" in parsed.roles[0].value.split(".")
-    return is_wo_a and weight is not None and weight.dtype in PLAIN_DTYPES
 
 
 def _scheme(decision: Decision | None) -> QuantScheme | None:

@@ -110,7 +110,7 @@ _FUSED: Mapping[str, tuple[Role, ...]] = MappingProxyType(
         "ffn|mlp.experts.down_proj": (Role.EXPERT_W2,),
     }
 )
-_FUSED_SCALE = "_scale_inv"
+FUSED_SCALE = "_scale_inv"
 
 # A scale multiplies its weight under all of these names, `weight_scale_inv` too.
 _SCALE_LEAVES = ("scale", "weight_scale_inv", "weight_scale")
@@ -139,7 +139,7 @@ def _entries() -> Iterator[tuple[Components, tuple[Role, ...], Part]]:
     for pattern, roles in _FUSED.items():
         for stem in _spelt(pattern):
             yield stem, roles, Part.WEIGHT
-            yield (*stem[:-1], stem[-1] + _FUSED_SCALE), roles, Part.SCALE
+            yield (*stem[:-1], stem[-1] + FUSED_SCALE), roles, Part.SCALE
 
 
 def expert_name(parameter_name: str, expert: int | str) -> str:
@@ -203,9 +203,9 @@ class LeftOut:
 
 def _number(component: str) -> int | None:
     """A decimal number in its only spelling: `7`, never `07`, `+7` or a foreign digit."""
-    if not (component.isascii() and component.isdigit()) or component != component.lstrip("0"):
-        return 0 if component == "0" else None
-    return int(component) if len(component) < 10 else None
+    if not (component.isascii() and component.isdigit()) or len(component) > 9:
+        return None
+    return None if component[0] == "0" and component != "0" else int(component)
 
 
 def _split(name: str) -> tuple[str, Components]:

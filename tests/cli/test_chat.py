@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from fourfold.cli.chat import Conversation, Server, Terminal
 from fourfold.server.settings import ServerSettings
 from tests.server.http import Site, site
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -100,6 +107,32 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(
             break
         web.get("/live")
     assert web.engine.running == 0
+
+
+@pytest.mark.full
+def test_ctrl_c_in_a_process_of_its_own(web: Site) -> None:
+    """A real signal: the answer ends, what came of it is remembered, the program goes on to its end."""
+    web.engine.pace = 0.02
+    web.says("</think>", "\n\n" + "word " * 500)
+    command = [sys.executable, "-m", "fourfold", "chat", "--url", f"http://127.0.0.1:{web.port}"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hi\n")
+        process.stdin.flush()
+        seen = b""
+        while b"word word" not in seen:
+            data = os.read(process.stdout.fileno(), 4096)
+            assert data, seen
+            seen += data
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"/history\n/quit\n", timeout=20)
+    assert process.returncode == 0, err
+    assert b"[stopped]" in err
+    assert b"user: hi" in out
+    assert b"assistant: word word" in out
+    assert (seen + out).count(b"word") < 500
 
 
 def test_a_refusal_is_told_and_the_question_taken_back(

@@ -70,11 +70,37 @@ def test_the_command_line_of_vllm_runs_unchanged(parsed: dict[str, Any]) -> None
 def test_the_command_line_of_sglang_runs_unchanged(parsed: dict[str, Any]) -> None:
     result = call(
         "--model-path", "M", "--context-length", "4096", "--mem-fraction-static", "0.8",
-        "--tp", "1", "--dp", "1", "--ep-size", "1", "--page-size", "256",
+        "--tp-size", "1", "--dp-size", "1", "--ep-size", "1", "--page-size", "256",
         "--tool-call-parser", "deepseekv4", "--reasoning-parser", "deepseek-v4",
+        "--chunked-prefill-size", "4096", "--speculative-algorithm", "EAGLE",
+        "--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--enable-dp-attention",
+        "--nnodes", "1", "--node-rank", "0", "--dist-init-addr", "h:1",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert parsed["max_model_len"] == 4096
+    assert parsed["max_num_batched_tokens"] == 4096
+    assert parsed["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 3}
+
+
+def test_what_changes_nothing_says_so(parsed: dict[str, Any]) -> None:
+    flags = {
+        "compilation-config": "{}", "cudagraph-capture-sizes": "[1,2,4]", "cudagraph-mode": "FULL",
+        "graph-sizes": "[1]", "level": "3", "page-size": "64", "master-addr": "h",
+        "master-port": "9", "node-rank": "1", "reasoning-parser": "deepseek_v4",
+        "tool-call-parser": "auto", "tokenizer-mode": "auto",
+    }  # fmt: skip
+    switches = (
+        "trust-remote-code", "enable-expert-parallel", "enable-dp-attention",
+        "enable-auto-tool-choice", "disable-log-requests",
+    )  # fmt: skip
+    said = {"page-size": "block-size", "graph-sizes": "cudagraph-capture-sizes"}
+    for name, value in flags.items():
+        result = call("M", f"--{name}", value)
+        assert result.exit_code == 0, result.output
+        assert f"--{said.get(name, name)} has no effect here: " in result.stderr
+    for name in switches:
+        assert f"--{name} has no effect here: " in call("M", f"--{name}").stderr
+    assert "no effect" not in call("M", "--tensor-parallel-size", "1", "--pp", "1").stderr
 
 
 @pytest.mark.parametrize(
@@ -87,6 +113,9 @@ def test_the_command_line_of_sglang_runs_unchanged(parsed: dict[str, Any]) -> No
         (("M", "--port", "70000"), "70000"),
         (("M", "-tp", "2"), "--tensor-parallel-size above 1 is not supported yet"),
         (("M", "-dp", "2"), "--data-parallel-size above 1"),
+        (("M", "--tp-size", "2"), "--tensor-parallel-size above 1"),
+        (("M", "--speculative-eagle-topk", "4"), "4"),
+        (("M", "--speculative-algorithm", "NGRAM"), "NGRAM"),
         (("M", "-pp", "2"), "--pipeline-parallel-size above 1"),
         (("M", "--ep-size", "8"), "--expert-parallel-size above 1"),
         (("M", "--nnodes", "2"), "--nnodes above 1"),
@@ -119,26 +148,46 @@ def test_variables_mirror_flags_and_misspelt_ones_are_errors(parsed: dict[str, A
     assert len(known_variables(main)) <= 12
 
 
-@pytest.mark.parametrize("kind", ["toml", "json"])
+YAML = """
+# as for vLLM
+model: M
+{name}: 5000
+server-port: 7000
+api-key: [x, "y"]
+served_model_name: name
+enforce-eager: true
+no-enable-prefix-caching: true
+speculative-config: {{method: mtp, num_speculative_tokens: 2}}
+"""
+
+
+@pytest.mark.parametrize("kind", ["toml", "json", "yaml", "yml"])
 def test_a_file_of_flags(parsed: dict[str, Any], tmp_path: Path, kind: str) -> None:
     values = {
-        "model": "M", "max_model_len": 4096, "server-port": 7000, "api-key": ["x", "y"],
-        "served_model_name": "name", "enforce-eager": True, "context-length": 5000,
+        "model": "M", "max_model_len": 5000, "server-port": 7000, "api-key": ["x", "y"],
+        "served_model_name": "name", "enforce-eager": True, "no-enable-prefix-caching": True,
+        "speculative-config": {"method": "mtp", "num_speculative_tokens": 2},
     }  # fmt: skip
-    values.pop("max_model_len" if kind == "json" else "context-length")
     path = tmp_path / f"flags.{kind}"
-    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-    path.write_text(json.dumps(values) if kind == "json" else lines)
-    result = call("--config", str(path), "--server-port", "7001", FOURFOLD_MAX_MODEL_LEN="64")
+    lines = "".join(
+        f"{key} = {json.dumps(value)}\n" for key, value in values.items() if type(value) is not dict
+    )
+    lines += "[speculative-config]\nmethod = 'mtp'\nnum_speculative_tokens = 2"
+    yaml = YAML.format(name="max_model_len" if kind == "yaml" else "context-length")
+    path.write_text({"json": json.dumps(values), "toml": lines}.get(kind, yaml))
+    result = call("--config", str(path), "--server-port", "7001")
     assert result.exit_code == 0, result.output
     assert parsed["model"] == "M"
     assert parsed["flags"]["port"] == 7001  # the command line goes before the file
-    assert parsed["max_model_len"] == 64  # and so does the environment
+    assert parsed["max_model_len"] == 5000
     assert parsed["settings"].api_keys == ("x", "y")
     assert parsed["settings"].served_model_names == ("name",)
     assert parsed["enforce_eager"]
-    assert call("other", "--config", str(path)).exit_code == 0
+    assert not parsed["enable_prefix_caching"]
+    assert parsed["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 2}
+    assert call("other", "--config", str(path), FOURFOLD_MAX_MODEL_LEN="64").exit_code == 0
     assert parsed["model"] == "other"
+    assert parsed["max_model_len"] == 64  # and so does the environment
 
 
 @pytest.mark.parametrize(
@@ -147,9 +196,21 @@ def test_a_file_of_flags(parsed: dict[str, Any], tmp_path: Path, kind: str) -> N
         ("a.toml", "max-nun-seqs = 3", "did you mean --max-num-seqs?"),
         ("a.toml", "port = [1, 2]", "one value"),
         ("a.toml", "port = ", "not valid"),
-        ("a.json", "[1]", "object"),
-        ("a.yaml", "port: 1", ".toml or .json"),
+        ("a.json", "[1]", "names and their values"),
+        ("a.json", '{"port": 1, "port": 2}', "port is given twice"),
+        ("a.json", '{"port": 1, "server_port": 2}', "server_port was given before"),
+        ("a.ini", "port: 1", ".yaml, .toml or .json"),
         ("a.toml", "port = 'x'", "'x'"),
+        ("a.yaml", "max_nun_seqs: 3", "did you mean --max-num-seqs?"),
+        ("a.yaml", "port: 1\nport: 2", "port is given twice"),
+        ("a.yaml", "port: [1", "not valid"),
+        ("a.yaml", "port:", "port must be a text or a number, found nothing"),
+        ("a.yaml", "port: yes", "found true"),
+        ("a.yaml", "enforce-eager: 1", "enforce-eager must be true or false"),
+        ("a.yaml", "- port", "names and their values"),
+        ("a.yaml", "1: port", "names and their values"),
+        ("a.yaml", "model: !!python/object/apply:os.getcwd []", "not valid"),
+        ("a.yaml", "port: 70000", "70000"),
     ],
 )
 def test_a_bad_file_is_one_readable_error(

@@ -195,11 +195,11 @@ def test_an_engine_allocates_what_it_says(loaded: LoadedModel) -> None:
     slot of nobody is one row more, and lives on the workspace."""
     engine = start(loaded, num_speculative_tokens=2)
     capacity, runner = engine.capacity, engine.runner
-    columns = [v[:-1] for v in vars(runner.slots).values() if isinstance(v, torch.Tensor)]
+    columns = [column[:-1] for column in vars(runner.slots.columns).values()]
     assert capacity.state_bytes == runner.state.nbytes + sum(column.nbytes for column in columns)
-    assert sum(c.nbytes for c in columns) - runner.slots.streams[:-1].nbytes == 3 * table_bytes(
-        2, 700
-    )
+    assert sum(c.nbytes for c in columns) - runner.slots.columns.streams[
+        :-1
+    ].nbytes == 3 * table_bytes(2, 700)
     weights = load_weights(loaded.checkpoint.index.directory, loaded.dtype)[1].values()
     parts = [(w.codes, w.scale) if isinstance(w, QuantTensor) else (w,) for w in weights]
     stored = sum(t.numel() * t.element_size() for tensors in parts for t in tensors)

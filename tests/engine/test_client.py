@@ -439,7 +439,23 @@ COMMANDS = (
 )
 EVENTS = (
     wire.Loading("a", 1, 2**40),
-    wire.Ready(EngineInfo("m", None, "d", "bfloat16", 1, 2, 3, 4, 5, 6, ("a",), ("b",))),
+    wire.Ready(
+        EngineInfo(
+            "m",
+            None,
+            "d",
+            "bfloat16",
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+            ("a",),
+            ("b",),
+            {"a": [{"b": 1, "c": None}]},
+        )
+    ),
     wire.Failed("ConfigError", "ü"),
     wire.Beat(),
     wire.StepBegun(StepInfo(1, 2, 3)),

@@ -14,19 +14,18 @@ import torch
 from click.testing import CliRunner
 
 from fourfold.cli import main
-from fourfold.core.batch import ForwardBatch
-from fourfold.core.config import EngineConfig, ModelConfig
+from fourfold.core.config import EngineConfig
 from fourfold.core.device import ARCHS
 from fourfold.core.errors import KernelError
 from fourfold.core.tensor import QuantTensor
 from fourfold.engine.compile import (
     Collector,
-    batch_of,
-    batches,
+    steps,
     subject_of_checkpoint,
     subject_of_geometry,
     token_counts,
 )
+from fourfold.ops.step import Key
 from fourfold.weights.locate import locate
 from fourfold.weights.synthetic import write_checkpoint
 
@@ -34,20 +33,19 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full
 
 
-def random_batches(config: ModelConfig, count: int) -> Iterator[ForwardBatch]:
-    """Decode batches, and chunks of prompts among decoding sequences."""
+def random_steps(count: int) -> Iterator[Key]:
+    """Decodes, and chunks of prompts among decoding sequences."""
     rng = random.Random(1)
     for _ in range(count):
         if rng.random() < 0.4:
-            sequences = rng.randrange(1, 257)
-            yield batch_of(config, [(1, rng.randrange(1, 16_000), 1)] * sequences, 0)
+            yield [(1, 0, True)] * rng.randrange(1, 257)
             continue
         left, runs = rng.randrange(1, 8193), []
         while left and len(runs) < 12:
             tokens = min(left, rng.choice([1, 1, rng.randrange(1, 4096)]))
             left -= tokens
-            runs.append((tokens, rng.choice([0, rng.randrange(1, 16_000)]), rng.randrange(2)))
-        yield batch_of(config, runs, 0)
+            runs.append((tokens, 0, rng.random() < 0.5))
+        yield runs
 
 
 @pytest.mark.parametrize("name", ["sm_90", "gfx942"])
@@ -55,11 +53,8 @@ def test_no_batch_needs_a_variant_that_was_not_compiled(name: str) -> None:
     """Or a request would wait for a compiler: nothing a kernel is specialised on varies freely."""
     subject, engine = subject_of_geometry("flash"), EngineConfig(model="flash")
     collector = Collector(subject, ARCHS[name], engine)
-    known = {
-        each.variant
-        for each in collector.collect(batches(subject.config, engine, token_counts(8192)))
-    }
-    met = Collector(subject, ARCHS[name], engine).collect(random_batches(subject.config, 60))
+    known = {each.variant for each in collector.collect(steps(engine, token_counts(8192)))}
+    met = Collector(subject, ARCHS[name], engine).collect(random_steps(60))
     missing = {each.variant.name for each in met if each.variant not in known}
     assert not missing, f"specialised on what varies from batch to batch: {', '.join(missing)}"
 

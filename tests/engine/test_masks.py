@@ -16,6 +16,7 @@ from fourfold.core.errors import RequestError
 from fourfold.core.request import FinishReason, Grammar, Request, SamplingParams
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel, load_model
+from fourfold.engine.masks import LOOK_AHEAD
 from fourfold.weights.locate import locate
 from tests.engine.planting import plant
 from tests.support import prompts, write_small
@@ -36,6 +37,7 @@ class Rising:
         self.next, self.vocabulary = int(grammar.source), vocabulary
         self.seen: list[int] = []
         self.failure: str | None = None
+        self.open_for = 0
 
     def allowed(self, drafts: Sequence[int]) -> npt.NDArray[np.int32]:
         rows = np.zeros((1 + len(drafts), -(-self.vocabulary // 32) * 32), bool)
@@ -54,6 +56,27 @@ class Rising:
             self.seen.append(token)
 
 
+class Late(Rising):
+    """The same after 30 tokens of any kind."""
+
+    def __init__(self, grammar: Grammar, vocabulary: int):
+        super().__init__(grammar, vocabulary)
+        self.open_for = 30
+
+    def allowed(self, drafts: Sequence[int]) -> npt.NDArray[np.int32]:
+        assert self.open_for < LOOK_AHEAD, "asked where there is nothing to say"
+        free = min(self.open_for, 1 + len(drafts))
+        rows = np.full((1 + len(drafts), -(-self.vocabulary // 32)), -1, np.int32)
+        if free <= len(drafts):
+            rows[free:] = super().allowed(drafts[free:])
+        return rows
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        free = min(self.open_for, len(tokens))
+        self.open_for -= free
+        super().commit(tokens[free:])
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = write_small(
@@ -68,7 +91,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(locate(config.model), config, detect("cpu"))
 
 
-def start(loaded: LoadedModel, drafts: int = 0, overlap: bool = False, **cache: Any) -> Engine:
+def start(
+    loaded: LoadedModel,
+    drafts: int = 0,
+    overlap: bool = False,
+    masks: type[Rising] = Rising,
+    **cache: Any,
+) -> Engine:
     config = EngineConfig(
         "m",
         dtype="float64",
@@ -78,7 +107,7 @@ def start(loaded: LoadedModel, drafts: int = 0, overlap: bool = False, **cache: 
         async_scheduling=overlap,
         cache=CacheConfig(**cache),
     )
-    return Engine(loaded, config, masks=Rising)
+    return Engine(loaded, config, masks=masks)
 
 
 def answers(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
@@ -133,6 +162,24 @@ def test_right_drafts_stand_under_a_mask_and_wrong_ones_do_not(
     engine = start(loaded, 3, overlap)
     assert answers(engine, [masked("a", tokens, 2)]) == [expected]
     assert all(engine.stats.accepted)
+
+
+def test_steps_overlap_while_a_mask_allows_anything(loaded: LoadedModel) -> None:
+    """It is not asked, nothing waits for it, and it holds from where it begins to hold."""
+    requests = [masked("a", prompts(VOCAB, (9,), 1)[0], 2, max_tokens=40)]
+    expected = answers(start(loaded, masks=Late), requests)
+    engine = start(loaded, 3, True, Late)
+    for request in requests:
+        engine.add(request)
+    found: list[int] = []
+    begun_ahead = 0
+    while engine.has_work:
+        for output in engine.step():
+            found += output.new_token_ids
+        begun_ahead += engine._flight is not None
+    assert [found] == expected
+    assert [token % 4 for token in found[30:]] == [(2 + i) % 4 for i in range(10)]
+    assert begun_ahead > 0
 
 
 def test_a_mask_survives_preemption(loaded: LoadedModel) -> None:

@@ -15,6 +15,7 @@ import torch
 from fourfold.core.config import CacheConfig, EngineConfig
 from fourfold.core.device import detect
 from fourfold.core.request import Request, SamplingParams
+from fourfold.engine.ahead import compile_ahead
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel, load_model
 from fourfold.weights.geometry import config_json
@@ -38,7 +39,10 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = Path(tmp_path_factory.mktemp("gpu"), request.param)
     write_model(folder, config, request.param, tokenizer=False)
     engine_config = EngineConfig(model=str(folder))
-    return load_model(locate(engine_config.model), engine_config, detect("cuda"))
+    loaded = load_model(locate(engine_config.model), engine_config, detect("cuda"))
+    for drafts in (0, 2, 3):  # on all cores, and not one by one while tests wait
+        compile_ahead(loaded, replace(engine_config, num_speculative_tokens=drafts))
+    return loaded
 
 
 def start(loaded: LoadedModel, seats: int = 64, **changes: Any) -> Engine:
@@ -104,6 +108,30 @@ def test_overlapped_and_drafted_steps_change_nothing(loaded: LoadedModel) -> Non
     plain = answers(start(loaded, async_scheduling=False), requests)
     assert differing(answers(start(loaded), requests), plain) == []
     assert differing(answers(start(loaded, num_speculative_tokens=3), requests), plain) == []
+
+
+def test_no_request_waits_for_a_compiler(loaded: LoadedModel) -> None:
+    store = pytest.importorskip("fourfold.kernels.store")
+    cache = CacheConfig(num_pages=1024)
+    config = EngineConfig("m", max_model_len=4096, max_num_seqs=64, cache=cache)
+    compile_ahead(loaded, config)
+    engine, rng = Engine(loaded, config), random.Random(5)
+    with store.counted() as counts:
+        for number in range(1000):
+            prompt = tuple(rng.randrange(2, 100_000) for _ in range(rng.randrange(1, 600)))
+            params = SamplingParams(
+                max_tokens=rng.randrange(1, 8),
+                temperature=rng.choice([0.0, 0.8]),
+                top_p=rng.choice([1.0, 0.9]),
+                top_k=rng.choice([0, 40]),
+                frequency_penalty=rng.choice([0.0, 0.5]),
+                logprobs=rng.choice([None, 3, 20]),
+                ignore_eos=True,
+            )
+            engine.add(Request(str(number), prompt, params))
+        ended = sum(output.finish_reason is not None for output in engine.run())
+    assert ended == 1000
+    assert counts.compiled == []
 
 
 def test_chunked_prefill_equals_one_shot(loaded: LoadedModel) -> None:

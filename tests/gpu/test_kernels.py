@@ -229,32 +229,92 @@ def test_both_ways_of_sorting_tokens_agree(first: int, experts_here: int) -> Non
 def test_the_shared_expert_equals_its_body_and_does_not_depend_on_the_batch(
     dim: int, inner: int, kernel: Kernel
 ) -> None:
-    body = next(o for o in OPS if o.name == "shared_expert")
-    w1, w2, w3 = (
-        weight(inner, dim, "e8m0", 1),
-        weight(dim, inner, "f32", 2),
-        weight(inner, dim, "e8m0", 3),
-    )
-    y = torch.randn(2000, dim, device="cuda", dtype=torch.bfloat16) * 4
+    linear = next(k for k in available() if (k.op, k.name) == ("linear", "triton"))
+    plan, bodies = KernelPlan(OPS, {"linear": linear}, ()), KernelPlan.bodies(OPS)
+    w2, dtype = weight(dim, inner, "f32", 2), torch.bfloat16
+    gate, up = (torch.randn(2000, inner, device="cuda") * 4 for _ in range(2))
     poison()
-    whole = kernel.run(y, w1, w2, w3, 2.0)
-    close(whole, body(y, w1, w2, w3, 2.0), 1.6e-2)
+    whole = kernel.run(plan, gate, up, w2, 2.0, dtype)
+    close(whole, bodies.shared_expert(gate, up, w2, 2.0, dtype), 1.6e-2)
     for tokens in (1, 2, 16, 33, 64, 65, 200, 256, 257):
+        part = slice(5, 5 + tokens)
         poison()
-        assert torch.equal(kernel.run(y[5 : 5 + tokens], w1, w2, w3, 2.0), whole[5 : 5 + tokens])
+        assert torch.equal(kernel.run(plan, gate[part], up[part], w2, 2.0, dtype), whole[part])
+
+
+# What a model's layers do with one input: (rows, FP8 or plain, unrounded).
+TOGETHER = {
+    "attention": [
+        (1024, True, False),
+        (512, True, False),
+        (1024, False, True),
+        (1024, False, True),
+        (256, False, True),
+        (256, False, True),
+        (64, False, True),
+    ],
+    "experts": [(256, False, True), (2048, True, True), (2048, True, True)],
+    "one": [(4096, True, False)],
+    "ragged": [(200, True, True), (24, False, False), (72, True, True)],
+}
+
+
+@pytest.mark.parametrize("kernel", kernels_of("linears"))
+@pytest.mark.parametrize("scale_format", ["e8m0", "f32"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_layers_of_one_input_are_bit_for_bit_each_by_itself(
+    name: str, scale_format: str, kernel: Kernel
+) -> None:
+    """As the portable kernel computes each, for every number of tokens; K from one block to 64."""
+    alone = next(k for k in available() if (k.op, k.name) == ("linear", "triton")).run
+    for size in (128, 1024, 4096):
+        made = [
+            weight(rows, size, scale_format, n) for n, (rows, _, _) in enumerate(TOGETHER[name])
+        ]
+        plain = [not fp8 for _, fp8, _ in TOGETHER[name]]
+        weights = tuple(
+            w.dequantize(torch.bfloat16) if p else w for w, p in zip(made, plain, strict=True)
+        )
+        unrounded = tuple(wide for _, _, wide in TOGETHER[name])
+        x = torch.randn(300, size, device="cuda", dtype=torch.bfloat16) * 3
+        expected = [alone(x, w, wide) for w, wide in zip(weights, unrounded, strict=True)]
+        for tokens in (1, 2, 8, 9, 33, 64, 65, 257):
+            poison()
+            got = kernel.run(KernelPlan.bodies(OPS), x[7 : 7 + tokens], weights, unrounded)
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a, b[7 : 7 + tokens])
+
+
+@pytest.mark.parametrize("kernel", kernels_of("norm_linears"))
+@pytest.mark.parametrize("size", [384, 1024, 1536])
+def test_layers_behind_a_norm_do_not_depend_on_the_batch(size: int, kernel: Kernel) -> None:
+    """Of FP8 weights; nearly what norm and layers give one after the other."""
+    weights = tuple(weight(rows, size, "e8m0", rows) for rows in (32768, 8192, 200))
+    x = torch.randn(300, size, device="cuda", dtype=torch.bfloat16) * 3
+    norm = torch.rand(size, device="cuda", dtype=torch.bfloat16) + 0.5
+    bodies, unrounded = KernelPlan.bodies(OPS), (False, False, True)
+    whole = kernel.run(bodies, x, norm, 1e-6, weights, unrounded)
+    expected = bodies.norm_linears(x, norm, 1e-6, weights, unrounded)
+    for a, b in zip(whole, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-2
+    for tokens in (1, 2, 8, 33, 64, 65, 200):
+        poison()
+        got = kernel.run(bodies, x[7 : 7 + tokens], norm, 1e-6, weights, unrounded)
+        for a, b in zip(got, whole, strict=True):
+            assert torch.equal(a, b[7 : 7 + tokens])
 
 
 @pytest.mark.parametrize("tokens", [1, 24, 300])
 @pytest.mark.parametrize(
-    "kernel", [*kernels_of("linear"), *kernels_of("shared_expert"), *kernels_of("routed_experts")]
+    "kernel", [*kernels_of("linear"), *kernels_of("linears"), *kernels_of("routed_experts")]
 )
 def test_a_captured_graph_replays_what_runs_eagerly(kernel: Kernel, tokens: int) -> None:
     """Products one after another, so that each must wait for the one before it; new inputs each time."""
     dim, inner, count = 1024, 512, 8
     routed = prepared(kernel, experts(MXFP4, "e8m0", count, dim, inner))
-    w1, w2, w3 = (
-        weight(*s, "e8m0", n) for n, s in enumerate([(inner, dim), (dim, inner), (inner, dim)])
-    )
+    shapes = [(inner, dim), (dim, inner), (inner, dim), (dim, dim)]
+    w1, w2, w3, w4 = (weight(*s, "e8m0", n) for n, s in enumerate(shapes))
+    plan = KernelPlan(OPS, {k.op: k for k in available() if k.name == kernel.name}, ())
     ids = torch.randint(count, (tokens, 6), device="cuda")
     factors = torch.rand(tokens, 6, device="cuda")
 
@@ -262,8 +322,9 @@ def test_a_captured_graph_replays_what_runs_eagerly(kernel: Kernel, tokens: int)
         for _ in range(3):
             if kernel.op == "linear":
                 z = kernel.run(kernel.run(y, w1), w2)
-            elif kernel.op == "shared_expert":
-                z = kernel.run(y, w1, w2, w3, 2.0)
+            elif kernel.op == "linears":
+                gate, up, z = kernel.run(plan, y, (w1, w3, w4), (True, True, True))
+                z = z + plan.shared_expert(gate, up, w2, 2.0, y.dtype)
             else:
                 z = kernel.run(y, ids, factors, *routed, 2.0)
             y = (y + z.to(y.dtype)) * 0.5

@@ -3,7 +3,8 @@
 Triton decides when it is imported whether it interprets, so a test file is run a second time, in a
 process of its own, with the interpreter on: `run(__file__)`. Its tests marked `interpreted` are
 skipped outside. The interpreter drops a carry in float casts, multiplies bfloat16 as integers and
-takes no integer argument as a loop's bound under numpy 2.4; `repair` replaces these three.
+takes no integer argument as a loop's bound under numpy 2.4; `repair` replaces these three, and lets
+kernels wait for the one ahead of them, which here has always ended.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def repair() -> None:
         patch(kind, scope)
         scope.set_attr(kind, "__index__", lambda self: int(self.handle.data.item()))
 
+    # Not the module of that name that is found as an attribute: Triton makes two.
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        setattr(sys.modules["triton.language.extra.cuda"], name, lambda: None)
     triton_interpreter._convert_float = convert
     triton_interpreter.InterpreterBuilder.create_dot = create_dot
     triton_interpreter._patch_lang_tensor = patched

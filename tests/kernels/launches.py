@@ -25,10 +25,12 @@ TARGETS = tuple(arch for arch in ARCHS.values() if Feature.TRITON in arch.featur
 # Arguments that a checkpoint may hold quantised, by op.
 WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "linear": ("weight",),
-    "grouped_output": ("weight",),
-    "shared_expert": ("w1", "w2", "w3"),
+    "linears": ("weights",),
+    "norm_linears": ("weights",),
+    "wo_a": ("weight",),
+    "shared_expert": ("w2",),
     "routed_experts": ("w1", "w2", "w3"),
-    "moe": ("experts", "shared"),
+    "moe": ("experts",),
 }
 STORED: tuple[tuple[QuantScheme, str], ...] = (
     (FP8_BLOCK, "e8m0"),
@@ -74,7 +76,7 @@ def cases(op: Op, dtype: torch.dtype) -> Iterator[Case]:
         if not names or dtype != torch.bfloat16:
             continue
         for scheme, scale_format in STORED:
-            if op.name == "grouped_output" and scheme is MXFP4:
+            if op.name == "wo_a" and scheme is MXFP4:
                 continue  # no checkpoint stores it so
             try:
                 weights = {n: _stored(case.arguments[n], scheme, scale_format) for n in names}

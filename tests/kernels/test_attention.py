@@ -106,6 +106,24 @@ def test_a_token_does_not_depend_on_chunks_or_batch(
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["CSA", "window"])
+def test_heads_across_and_all_loads_first(name: str) -> None:
+    """The forms that warp groups take, cut small: many tokens, few, and spans in programs of their own."""
+    from fourfold.kernels.triton import attention
+
+    one = attention.Shape(16, 16, 64, 4, 1, twice=False, first=True, early=True)
+    shapes = {"shape": one, "few": replace(one, across=True)}
+    cached = sequence(FP8, name, 300, torch.bfloat16)
+    lanes = [(335, 1), PADDING, (307, 3), (300, 1)]
+    expected = body(**cached.step(lanes))
+    with poisoned():
+        for split in (False, True):
+            got = attention.sparse_attention(**cached.step(lanes), **shapes, split=split)
+            live = [0, 2, 3, 4, 5]
+            assert_close(got[live], expected[live], 1.6e-2)
+
+
+@interpreted
 def test_not_a_number_stays_in_its_token_and_head() -> None:
     cached = sequence(FP8, "CSA", 200, torch.float32)
     run, arguments = kernel(), cached.step([(200, 6)])

@@ -25,7 +25,7 @@ from triton import knobs
 from fourfold.engine.compile import (
     Collector,
     Wanted,
-    batches,
+    steps,
     subject_of_geometry,
 )
 from fourfold.kernels.compile import Compiled, compile_variant
@@ -60,7 +60,7 @@ def of_cases(arch: Arch, op: str, dtypes: Sequence[torch.dtype]) -> list[Variant
 def _collected(arch: Arch, geometry: str, forced: dict[str, str], counts: set[int]) -> list[Wanted]:
     subject, engine = subject_of_geometry(geometry), EngineConfig(model=geometry, kernels=forced)
     collector = Collector(subject, arch, engine)
-    return collector.collect(batches(subject.config, engine, sorted(counts)))
+    return collector.collect(steps(engine, sorted(counts)))
 
 
 @functools.cache
@@ -140,9 +140,7 @@ def test_every_variant_of_released_shapes(name: str, geometry: str, op: str) -> 
 def test_fp8_products_run_on_matrix_units(name: str, instruction: str) -> None:
     """The released shapes' FP8 linear layers: codes go to the matrix unit as they are."""
     variants = [
-        variant
-        for variant in of_model(name, "flash")["linear"]
-        if any(kind.startswith("*fp8") for _, kind in variant.signature)
+        variant for variant in of_model(name, "flash")["linear"] if "*fp8" in str(variant.signature)
     ]
     results = assert_compiled(variants[:2], ARCHS[name])
     assert results

@@ -7,7 +7,6 @@ import torch
 
 from fourfold.core.tensor import QuantTensor
 from fourfold.ops.moe import routed_experts as experts_body
-from fourfold.ops.moe import shared_expert as shared_body
 from fourfold.quant.fp8_block import FP8_BLOCK
 from fourfold.quant.mxfp4 import MXFP4
 from tests.kernels import interpreter
@@ -69,19 +68,34 @@ def test_fp8_at_ragged_sizes_alone_and_in_a_batch(shape: tuple[int, int]) -> Non
 
 
 @interpreted
+def test_several_layers_of_one_input_are_each_by_itself() -> None:
+    from fourfold.kernels.triton import linear
+
+    x, weights = torch.randn(5, 256).bfloat16(), (fp8(384, 256), torch.randn(24, 256).bfloat16())
+    weights += (fp4(64, 256), fp8(96, 256, scale_format="f32"))
+    unrounded = (False, True, True, True)
+    with poisoned():
+        got = linear.linears(None, x, weights, unrounded)
+    for out, weight, wide in zip(got, weights, unrounded, strict=True):
+        assert torch.equal(out, linear.linear(x, weight, wide))
+
+
+@interpreted
 def test_the_shared_expert_alone_and_in_a_batch() -> None:
     from fourfold.kernels.triton import linear, shared
 
-    y = torch.randn(70, 256).bfloat16() * 4
-    weights = (fp8(384, 256), fp8(256, 384), fp8(384, 256, scale_format="f32"))
-    with poisoned():
-        whole = shared.shared_expert(y, *weights, 1.0)
-    assert_close(whole, shared_body(y, *weights, 1.0), 1.6e-2)
-    assert torch.equal(shared.shared_expert(y[9:12], *weights, 1.0), whole[9:12])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "FEW_TOKENS", 0)
+    gate, up = torch.randn(70, 384) * 4, torch.randn(70, 384) * 4
+    for weight in (fp8(256, 384), fp8(256, 384, scale_format="f32")):
         with poisoned():
-            assert torch.equal(shared.shared_expert(y, *weights, 1.0), whole)
+            whole = shared.shared_expert(None, gate, up, weight, 1.0, torch.bfloat16)
+        assert_close(whole, body("shared_expert")(gate, up, weight, 1.0, torch.bfloat16), 1.6e-2)
+        part = shared.shared_expert(None, gate[9:12], up[9:12], weight, 1.0, torch.bfloat16)
+        assert torch.equal(part, whole[9:12])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "FEW_TOKENS", 0)
+            with poisoned():
+                again = shared.shared_expert(None, gate, up, weight, 1.0, torch.bfloat16)
+            assert torch.equal(again, whole)
 
 
 @interpreted

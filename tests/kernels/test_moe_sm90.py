@@ -101,12 +101,12 @@ POINTERS |= dict.fromkeys(("TURNS", "INNER_TILES", "D_TILES"), "i32")
 
 @pytest.mark.full
 @pytest.mark.parametrize("each", [1, 16, 192])
-@pytest.mark.parametrize("part", ["_gate_up", "_down"])
+@pytest.mark.parametrize("part", ["_fp4_gate_up", "_fp4_down"])
 def test_products_compile_with_the_weight_in_registers(part: str, each: int) -> None:
     kernel = getattr(moe, part)
     options = moe.tile_shape(256 * each, 256).options
     names = ("TT", "AHEAD")
-    constants = {n: options.pop(n) for n in names} | ({"TOPK": 6} if part == "_gate_up" else {})
+    constants = {n: options.pop(n) for n in names} | ({"TOPK": 6} if part == "_fp4_gate_up" else {})
     arguments = {n: t for n, t in POINTERS.items() if n in kernel.arg_names}
     binary = compiled(kernel, arguments, constants, **options)
     assert binary.metadata.shared <= ARCHS["sm_90"].shared_memory

@@ -20,7 +20,7 @@ from tests.kernels.interpreter import (
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full
 
-OPS = ["route_topk", "route_hash", "nonfinite_sequences", "embed"]
+OPS = ["route_topk", "route_hash", "nonfinite_sequences", "check_logits", "embed"]
 
 
 @driver

@@ -137,8 +137,8 @@ def test_wo_a_activations_are_never_rounded(tmp_path: Path) -> None:
     matrix = weights["layers.0.attn.wo_a.weight"]
     attended = torch.randn(4, config.num_attention_heads, config.head_dim)
     positions = torch.tensor([0, 3, 70, 500])
-    a = on.ops.grouped_output(attended, on.wo_a, positions, on.inv_freq)
-    b = on.ops.grouped_output(attended, matrix.dequantize(torch.float32), positions, on.inv_freq)
+    a = on.ops.wo_a(attended, on.wo_a, positions, on.inv_freq)
+    b = on.ops.wo_a(attended, matrix.dequantize(torch.float32), positions, on.inv_freq)
     assert torch.equal(a, b)
 
 

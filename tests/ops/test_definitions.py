@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
@@ -11,22 +10,10 @@ from torch import Tensor
 
 from fourfold.core.rows import RowPages
 from fourfold.ops.catalog import OPS
+from fourfold.ops.compare import tensors
 from fourfold.ops.registry import CaseMaker, KernelPlan, Op
 
 BODIES = KernelPlan.bodies(OPS)
-
-
-def tensors(value: object) -> list[Tensor]:
-    """All tensors in a result or argument, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [t for f in fields(value) for t in tensors(getattr(value, f.name))]
-    if isinstance(value, dict):
-        return [t for item in value.values() for t in tensors(item)]
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in tensors(item)]
-    return []
 
 
 def run(op: Op, dtype: torch.dtype) -> dict[str, list[Tensor]]:
@@ -55,7 +42,8 @@ def test_float32_body_agrees_with_float64_within_tolerance(op: Op) -> None:
         for a, b in zip(narrow[name], wide[name], strict=True):
             if not a.dtype.is_floating_point:
                 if "fp8" not in name or a.dtype == torch.uint8:
-                    assert (a != b).float().mean() < 0.02, name  # codes may flip on a rounding tie
+                    # Codes may flip on a rounding tie.
+                    assert int((a != b).sum()) <= 0.02 * a.numel(), name
                 continue
             good = torch.isfinite(b)
             bound = op.tolerance.of(torch.float32) * float(b[good].abs().max()) if good.any() else 0

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fourfold.ops.catalog import OPS
 from fourfold.ops.moe import route_hash, route_topk, routed_experts, shared_expert, swiglu
+from fourfold.ops.registry import KernelPlan
 
 
 def logits(tokens: int = 40, experts: int = 16) -> Tensor:
@@ -72,7 +74,7 @@ def test_the_swiglu_limit_applies_everywhere_beyond_10(which: str) -> None:
     hidden = torch.sigmoid(gate.clamp(max=10)) * gate.clamp(max=10) * up.clamp(-10, 10)
     expected = hidden @ w2.T
     if which == "shared":
-        got = shared_expert(y, w1, w2, w3, 10.0)
+        got = shared_expert(KernelPlan.bodies(OPS), gate, up, w2, 10.0, torch.float32)
     else:
         ids, ones = torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1)
         got = routed_experts(y, ids, ones, w1[None], w2[None], w3[None], 10.0)

@@ -7,6 +7,8 @@ import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fourfold.core.client import (
     EngineClosedError,
     EngineDeadError,
@@ -16,7 +18,8 @@ from fourfold.core.client import (
     EngineStats,
     LoadProgress,
 )
-from fourfold.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from fourfold.core.request import BEGINNING, FinishReason, Request, RequestOutput, TokenLogprobs
+from fourfold.text.token_mask import Mask, demand_mask
 from fourfold.text.tokenizer import Tokenizer
 from fourfold.weights.synthetic_tokenizer import tokenizer_files
 
@@ -29,10 +32,33 @@ def make_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer_files(900, 4096)["tokenizer.json"], "tokenizer.json")
 
 
+def obedient(request: Request, tokens: Sequence[int]) -> list[int]:
+    """`tokens` as the request's masks let them be said: what is demanded comes first, and an end that
+    is not allowed yet is an end of the reasoning."""
+    grammar = request.grammar
+    if grammar is None or grammar.kind != BEGINNING:
+        return list(tokens)
+    said: list[int] = []
+    mask = demand_mask(grammar, 1, 32)
+    for token in tokens:
+        while len(only := _allowed(mask)) == 1 and not only[0] == token == grammar.after_token:
+            said.append(only[0])
+            mask.commit(only)
+        said.append(token if token in only else grammar.after_token or 0)
+        mask.commit(said[-1:])
+    return said
+
+
+def _allowed(mask: Mask) -> list[int]:
+    bits = np.unpackbits(mask.allowed(())[0].view(np.uint8), bitorder="little")
+    return [int(token) for token in np.flatnonzero(bits)]
+
+
 @dataclass
 class StubEngine:
     """An `EngineClient`. `script` gives the tokens; a sequence whose tokens run out without an
-    end-of-sequence token ends by "length". `tokens_a_step` come with each step."""
+    end-of-sequence token ends by "length". `tokens_a_step` come with each step. A demanded beginning and
+    a bound on the reasoning are obeyed, as an engine's masks have it."""
 
     tokenizer: Tokenizer
     script: Script = lambda request, index: (10, 11, 12, 1)
@@ -88,7 +114,7 @@ class StubEngine:
     async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         params = request.params
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else (1,))}
-        todo = {index: list(self.script(request, index)) for index in range(params.n)}
+        todo = {i: obedient(request, self.script(request, i)) for i in range(params.n)}
         given = dict.fromkeys(todo, 0)
         while todo:
             await asyncio.sleep(self.pace)

@@ -300,7 +300,7 @@ def test_p4_a_client_that_does_not_read_is_given_up() -> None:
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
             until(lambda: bool(web.engine.requests))
-            until(lambda: web.engine.closed == 1, 15)
+            until(lambda: web.engine.closed == 1, 60)
         healthy(web)
 
 

@@ -249,29 +249,52 @@ def test_a_demanded_call_without_thinking_begins_in_the_prompt(web: Site) -> Non
 
 
 @pytest.mark.parametrize("ends_by", ["</think>", None])
+@pytest.mark.parametrize("n", [1, 3])
 def test_a_demanded_call_with_thinking_follows_the_reasoning(
-    web: Site, ends_by: str | None
+    web: Site, ends_by: str | None, n: int
 ) -> None:
-    """Even if the model would end without a word after its reasoning."""
-    first = web.text("I will ask") + (web.text(ends_by) if ends_by else [1])
-    second = [*web.text("</｜DSML｜invoke>\n</｜DSML｜tool_calls>"), 1]
-    web.engine.script = lambda request, index: (
-        second if request.request_id.endswith("-call") else first
-    )
+    """Even if the model would end without a word after its reasoning; in each of n answers."""
+    closing = [*web.text("</｜DSML｜invoke>\n</｜DSML｜tool_calls>"), 1]
+    thoughts = [web.text(f"I will {'ask ' * i}") for i in range(n)]
+    web.engine.script = lambda request, index: [
+        *thoughts[index], *(web.text(ends_by) if ends_by else [1]), *closing,
+    ]  # fmt: skip
     choice = {"type": "function", "function": {"name": "weather"}}
-    answer = chat(web, tools=TOOLS, tool_choice=choice, max_tokens=500)
-    got = message(answer)
-    assert got["reasoning_content"] == "I will ask"
-    assert got["content"] is None
-    assert got["tool_calls"][0]["function"] == {"name": "weather", "arguments": "{}"}
-    assert answer.json["choices"][0]["finish_reason"] == "tool_calls"
-    one, two = web.engine.requests
-    joined = web.engine.tokenizer.decode(two.prompt_token_ids[len(one.prompt_token_ids) :])
-    assert joined == 'I will ask</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
-    assert two.params.max_tokens == 500 - (len(two.prompt_token_ids) - len(one.prompt_token_ids))
-    usage = answer.json["usage"]["completion_tokens"]
-    assert usage == 500 - two.params.max_tokens + len(second)
-    assert chat(web, tools=TOOLS, tool_choice="required", n=2).error["param"] == "n"
+    answer = chat(web, tools=TOOLS, tool_choice=choice, max_tokens=500, n=n)
+    (request,) = web.engine.requests
+    assert request.grammar is not None
+    assert request.grammar.after_token == web.text("</think>")[0]
+    demanded = json.loads(request.grammar.source)
+    text = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
+    assert web.engine.tokenizer.decode(demanded) == text
+    used = sum(len(each) + 1 + len(demanded) + len(closing) for each in thoughts)
+    assert answer.json["usage"]["completion_tokens"] == used
+    for index, found in enumerate(answer.json["choices"]):
+        got = found["message"]
+        assert got["reasoning_content"] == f"I will {'ask ' * index}"
+        assert got["content"] is None
+        assert got["tool_calls"][0]["function"] == {"name": "weather", "arguments": "{}"}
+        assert found["finish_reason"] == "tool_calls"
+
+
+def test_a_budget_ends_the_thinking(web: Site) -> None:
+    """In DeepSeek's object, in template arguments, and together with a demanded call."""
+    thoughts = web.text("one two three four five six seven")
+    web.engine.script = lambda request, index: [*thoughts, *web.text("</think>yes"), 1]
+    budget = {"type": "enabled", "budget_tokens": 4}
+    for fields in ({"thinking": budget}, {"chat_template_kwargs": {"thinking": budget}}):
+        answer = chat(web, **fields).json
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4 + 1
+        web.engine.script = lambda request, index: [*thoughts[:2], *web.text("</think>yes"), 1]
+        assert message(chat(web, **fields))["content"] == "yes"
+        web.engine.script = lambda request, index: [*thoughts, *web.text("</think>yes"), 1]
+    answer = chat(web, thinking=budget, tools=TOOLS, tool_choice="required")
+    assert answer.json["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4 + 1
+    for wrong in ({"budget_tokens": 0}, {"budget_tokens": "4"}, {"more": 1}):
+        error = chat(web, thinking={"type": "enabled", **wrong}).error
+        assert error["param"] == f"thinking.{next(iter(wrong))}"
+    off = {"type": "disabled", "budget_tokens": 4}
+    assert chat(web, thinking=off).error["param"] == "thinking.budget_tokens"
 
 
 def test_a_demanded_call_without_room_ends_by_length(web: Site) -> None:
@@ -315,6 +338,11 @@ def test_render_shows_what_the_engine_gets(web: Site) -> None:
 # ---- refusals
 
 
+def strange_tool(**more: object) -> list[object]:
+    """A function with one more field."""
+    return [{"type": "function", "function": {"name": "f", **more}}]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
@@ -351,6 +379,9 @@ def test_render_shows_what_the_engine_gets(web: Site) -> None:
         ({"chat_template_kwargs": {"drop_thinking": "no"}}, "drop_thinking", "boolean"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "function"),
+        ({"tools": strange_tool(strict=True)}, "tools[0].function.strict", "schema"),
+        ({"tools": strange_tool(cache=1)}, "tools[0].function.cache", "not supported"),
+        ({"tools": [{**TOOLS[0], "extra": 1}]}, "tools[0].extra", "not supported"),
         ({"response_format": {"type": "xml"}}, "response_format.type", ""),
         ({"store": True}, "store", "stored"),
         ({"service_tier": "flex"}, "service_tier", ""),

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,13 +97,17 @@ class Server:
         return response
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
 @contextmanager
 def serving(
     model: Path, tmp_path: Path, *flags: str, ready: bool = True, **environment: str
 ) -> Iterator[Server]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = tmp_path / "log"
+    port, log = free_port(), tmp_path / "log"
     limits = ("--max-model-len", "2000", "--max-num-seqs", "4", "--dtype", "float32")
     command = [sys.executable, "-m", "fourfold", "serve", str(model), "--port", str(port)]
     with log.open("wb") as out:
@@ -244,6 +249,55 @@ def test_p1_p6_a_dead_or_frozen_engine(number: int, tiny: Path, tmp_path: Path) 
             assert "fourfold/engine/worker.py" in server.text  # the engine's stacks
 
 
+def test_p1_p6_a_step_that_never_ends(tmp_path: Path) -> None:
+    """The engine lives and gives signs of it, and is stuck all the same: /health turns false and stays
+    so, what runs and what waits fail by name, stacks are written, the process ends with 1."""
+    port, log = free_port(), tmp_path / "log"
+    with log.open("wb") as out:
+        command = [sys.executable, "-m", "tests.server.endless", str(port)]
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT)
+    server = Server(process, log, port)
+    try:
+        server.until_ready()
+        (engine,) = server.children
+        assert server.health()[1]["status"] == "ready"
+        failed: list[http.client.HTTPResponse] = []
+        ask = threading.Thread(
+            target=lambda: failed.append(server.request("POST", "/v1/completions", {"prompt": "b"}))
+        )
+        body = {"prompt": "a", "max_tokens": 9, "stream": True}
+        stream = server.request("POST", "/v1/completions", body)
+        assert stream.readline().startswith(b"data: ")
+        ask.start()
+        seen: list[str] = []
+        end = time.monotonic() + 30
+        while process.poll() is None:
+            assert time.monotonic() < end, seen[-1]
+            try:
+                seen.append(server.health()[1]["status"])
+            except (OSError, http.client.HTTPException):
+                seen.append("gone")
+            time.sleep(0.005)
+        assert process.returncode == 1
+        assert seen[0] == "ready"
+        assert "dead" in seen
+        assert "ready" not in seen[seen.index("dead") :]
+        rest = stream.read()
+        assert b'"code":"engine_dead"' in rest
+        assert b"in step 2" in rest
+        assert rest.endswith(b"data: [DONE]\n\n")
+        ask.join(10)
+        (response,) = failed
+        assert response.status == 500
+        assert json.loads(response.read())["error"]["code"] == "engine_dead"
+        assert "the step takes 1 s, more than the 1 s allowed" in server.text
+        assert "never_ends" in server.text  # the engine's stacks
+        assert gone([engine])
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_p8_a_wrong_checkpoint_never_serves_a_token(tiny: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -265,7 +319,8 @@ def test_p8_a_wrong_checkpoint_never_serves_a_token(tiny: Path, tmp_path: Path) 
 
 
 def test_p7_a_signal_while_loading(tiny: Path, tmp_path: Path) -> None:
-    with serving(tiny, tmp_path, ready=False) as server:
+    """On all addresses, without a key: that is said loudly, before anything is served."""
+    with serving(tiny, tmp_path, "--host", "0.0.0.0", ready=False) as server:
 
         def listens() -> bool:
             try:
@@ -274,6 +329,7 @@ def test_p7_a_signal_while_loading(tiny: Path, tmp_path: Path) -> None:
                 return False
 
         server.until(listens)
+        server.until(lambda: "WARNING: --host 0.0.0.0 without --api-key" in server.text)
         server.process.send_signal(signal.SIGTERM)
         assert server.exit() == 0
         server.until(lambda: gone(server.children))

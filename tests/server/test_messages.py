@@ -107,6 +107,23 @@ def test_thinking_is_off_unless_asked_for(web: Site) -> None:
     assert "Beyond maximum" in prompt(web)
 
 
+def test_a_budget_ends_the_thinking(web: Site) -> None:
+    thoughts = web.text("one two three four five six seven")
+    web.engine.script = lambda request, index: [*thoughts, *web.text("</think>yes"), 1]
+    for stream in (False, True):
+        answer = ask(web, thinking={"type": "enabled", "budget_tokens": 4}, stream=stream)
+        if stream:
+            deltas = [e["delta"] for e in answer.events if e["type"] == "content_block_delta"]
+            thought = "".join(d.get("thinking", "") for d in deltas)
+        else:
+            thought = answer.json["content"][0]["thinking"]
+        assert thought == web.engine.tokenizer.decode(thoughts[:4])
+    ask(web, thinking=THINK)
+    grammar = web.engine.requests[-1].grammar
+    assert grammar is not None
+    assert grammar.max_free_tokens == 1024
+
+
 def test_history_with_results_and_thoughts(web: Site) -> None:
     messages = [
         *HELLO,
@@ -165,8 +182,13 @@ def test_tokens_are_counted_as_they_are_used(web: Site) -> None:
             "messages[0].content[0].type",
         ),
         ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, "tools[0].type"),
+        ({"tools": [{"name": "x", "strict": True}]}, "tools[0].strict"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
         ({"thinking": {"type": "some"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "display": "omitted"}}, "thinking.display"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 9}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "thinking.budget_tokens"),
         ({"output_config": {"format": {}}}, "output_config.format"),
         ({"mcp_servers": []}, "mcp_servers"),
         ({"container": "x"}, "container"),

@@ -127,6 +127,7 @@ def test_effort(web: Site) -> None:
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{**TOOLS[0], "strict": True}]}, "tools[0].function.strict"),
         ({"text": {"format": {"type": "json_object"}}}, "response_format.type"),
         ({"reasoning": {"effort": "huge"}}, "reasoning_effort"),
         ({"prompt": {}}, "prompt"),

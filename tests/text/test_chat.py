@@ -198,7 +198,7 @@ def test_tools_join_the_leading_system_text_and_nothing_later() -> None:
 
 
 def test_a_tool_line_is_name_description_parameters() -> None:
-    function = {"strict": True, "parameters": {"b": 1.0, "a": 1e3, "é": None}, "name": "f"}
+    function = {"strict": False, "parameters": {"b": 1.0, "a": 1e3, "é": None}, "name": "f"}
     text = encode(ASK, tools=[{"type": "function", "function": function}]).text
     line = '{"name": "f", "description": "", "parameters": {"b": 1.0, "a": 1000.0, "é": null}}'
     assert f"\n\n{line}\n\n" in text

@@ -4,15 +4,16 @@ Contract: bit for bit what triton/linear.py computes: products of 128 bytes of K
 any number of tokens. Copies to shared memory run ahead through the end of every chunk, where a compiler's
 own pipeline empties; those of the weight start before the kernel ahead has ended.
 
-Measured on one H200 against the portable kernel, quantising included: [1024, 4096] FP8 6.4 µs at 1 token
-(7.0), 9.5 at 128 (12.3); [4096, 8192] FP8 13.9 µs at 1 token (17.1), 40 at 256 (57), 692 TFLOP/s at 8,192
-tokens (about 350); BF16 420 to 475 TFLOP/s; the output head 4.36 TB/s at 1 token.
+Few tokens take projections.py's one launch. Measured on one H200 against the portable kernel, quantising
+included: [1024, 4096] FP8 9.5 µs at 128 tokens (12.3); [4096, 8192] FP8 40 µs at 256 (57), 692 TFLOP/s at
+8,192 (about 350); BF16 420 to 475 TFLOP/s; the output head 4.36 TB/s at 1 token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -27,46 +28,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fourfold.core.device import Feature
+from fourfold.core.tensor import QuantTensor, Weight
+from fourfold.kernels.nvidia import projections
 from fourfold.kernels.nvidia.overlap import after_previous
+from fourfold.kernels.nvidia.projections import ROWS, WARPS, block_scale, copy_tokens
 from fourfold.kernels.nvidia.version import other_triton
-from fourfold.kernels.triton.linear import Operands, linear
-from fourfold.kernels.triton.shared import shared_expert
+from fourfold.kernels.triton import linear as portable
+from fourfold.kernels.triton.linear import Operands
+from fourfold.kernels.triton.shared import shared_expert as portable_expert
 from fourfold.ops.registry import Kernel
 
-ROWS, WARPS = 64, 4  # of a tile
 GROUP = 16  # blocks of rows that the programs of one wave share
 
 
-@gluon.jit
-def _copy_tokens(
-    x, s_x, buf_x, buf_s, block, T, TK: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr
-):
-    async_copy.async_copy_global_to_shared(buf_x.index(block % STAGES), x + block * TK)
-    if FP8:
-        async_copy.async_copy_global_to_shared(buf_s.index(block % STAGES), s_x + block * T)
-
-
-@gluon.jit
-def _block_scale(scales, index, E8M0: gl.constexpr):
-    if E8M0:
-        raw = gl.load(scales + index).to(gl.int32)
-        value = gl.where(raw == 0, 0x00400000, raw << 23).to(gl.float32, bitcast=True)
-    else:
-        value = gl.load(scales + index)
-    return value
-
-
-@gluon.jit(do_not_specialize=["T", "N", "BLOCKS"])
-def _tiles(
-    w, w_scale, x, x_scale, out, T, N, BLOCKS,
+@gluon.jit(do_not_specialize=["T", "N", "BLOCKS", "RANK"])
+def _linear_tiles(
+    w, w_scale, x, x_scale, out, T, N, BLOCKS, RANK,
     CHUNK: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr,
     E8M0: gl.constexpr, TN: gl.constexpr, TT: gl.constexpr, NW: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A [TN rows, TT tokens] tile of outᵀ; with SPLIT of one chunk's partial sums [CHUNKS, T, N].
 
-    Neighbours in the grid share rows of the weight. Plain products run one block behind their issue;
-    FP8 products are waited for, since their scales are applied outside the unit.
+    Neighbours in the grid share rows of the weight; each RANK of those see K inputs of their own. Plain
+    products run one block behind their issue; FP8 products are waited for, since their scales are applied
+    outside the unit.
     """
     TK: gl.constexpr = 128 if FP8 else 64
     AHEAD: gl.constexpr = STAGES - 1 if FP8 else STAGES - 2
@@ -105,15 +91,16 @@ def _tiles(
         if block < stop:
             async_copy.async_copy_global_to_shared(buf_w.index(block % STAGES), w_ptr + block * TK)
     if FP8:
-        s_w = _block_scale(w_scale, begin * CHUNK, E8M0)
+        s_w = block_scale(w_scale, begin * CHUNK, E8M0)
     T = after_previous(T)
     t = gl.minimum(tile_t * TT + gl.arange(0, TT, layout=gl.SliceLayout(1, layout)), T - 1)
-    x_ptr = gl.multiple_of(x + t.to(gl.int64)[:, None] * K + k[None, :], [1, 16])
+    x += tile_n * TN // RANK * K
+    x_ptr = gl.multiple_of(x + t.to(gl.int64)[:, None] * (N // RANK * K) + k[None, :], [1, 16])
     s_ptr = x_scale + gl.minimum(tile_t * TT + gl.arange(0, TT, layout=flat), T - 1)
     for s in gl.static_range(AHEAD):
         block = begin * CHUNK + s
         if block < stop:
-            _copy_tokens(x_ptr, s_ptr, buf_x, buf_s, block, T, TK, STAGES, FP8)
+            copy_tokens(x_ptr, s_ptr, buf_x, buf_s, block, T, TK, STAGES, FP8)
         async_copy.commit_group()
     zero = gl.zeros([TN, TT], gl.float32, layout=mma)
     total = gl.zeros([TN, TT], gl.float32, layout=mma)
@@ -133,11 +120,11 @@ def _tiles(
             if ahead < stop:
                 stage = ahead % STAGES
                 async_copy.async_copy_global_to_shared(buf_w.index(stage), w_ptr + ahead * TK)
-                _copy_tokens(x_ptr, s_ptr, buf_x, buf_s, ahead, T, TK, STAGES, FP8)
+                copy_tokens(x_ptr, s_ptr, buf_x, buf_s, ahead, T, TK, STAGES, FP8)
             async_copy.commit_group()
             if FP8:
                 scale = gl.expand_dims(buf_s.index(block % STAGES).load(columns) * s_w, 0)
-                s_w = _block_scale(w_scale, gl.minimum(block + 1, BLOCKS - 1), E8M0)
+                s_w = block_scale(w_scale, gl.minimum(block + 1, BLOCKS - 1), E8M0)
                 acc = gl.fma(warpgroup_mma_wait(0, deps=(product,)), scale, acc)
         if not FP8:
             acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -180,8 +167,8 @@ def products(o: Operands, target: Tensor) -> bool:
         return False
     shape = tile_shape(tokens, o.fp8)
     grid = (-(-rows // ROWS) * -(-tokens // shape.tokens), o.chunks if o.split else 1)
-    _tiles[grid](
-        o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size // o.block,
+    _linear_tiles[grid](
+        o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size // o.block, rows,
         CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=o.split, FP8=o.fp8,
         E8M0=o.w_scale.dtype == torch.uint8, TN=ROWS, TT=shape.tokens, NW=WARPS,
         STAGES=shape.stages, GROUP=GROUP, num_warps=WARPS, launch_pdl=True,
@@ -189,22 +176,69 @@ def products(o: Operands, target: Tensor) -> bool:
     return True
 
 
+def plain_groups(
+    x: Tensor, weight: Tensor, out: Tensor, groups: int, chunk: int, chunks: int
+) -> None:
+    """`out [T, N]` = BF16 `x [T, groups·K]` by groups of rows of `weight [N, K]`, for many tokens.
+
+    Sums of `chunk` steps of 64 inputs, and of `chunks` of them in order.
+    """
+    (rows, size), tokens = weight.shape, x.shape[0]
+    shape = tile_shape(tokens, False)
+    _linear_tiles[(-(-rows // ROWS) * -(-tokens // shape.tokens), 1)](
+        weight, weight, x, x, out, tokens, rows, size // 64, rows // groups,
+        CHUNK=chunk, CHUNKS=chunks, SPLIT=False, FP8=False, E8M0=False, TN=ROWS, TT=shape.tokens,
+        NW=WARPS, STAGES=shape.stages, GROUP=GROUP, num_warps=WARPS, launch_pdl=True,
+    )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Weight, unrounded: bool = False) -> Tensor:
+    """The op `linear` (ops/linear.py)."""
+    if projections.fits(x, (weight,), (unrounded,)):
+        return projections.linears(x, (weight,), (unrounded,))[0]
+    return portable.linear(x, weight, unrounded, products=products)
+
+
+def linears(
+    ops: object, x: Tensor, weights: Sequence[Weight], unrounded: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The op `linears` (ops/linear.py): few tokens in one launch."""
+    if projections.fits(x, weights, unrounded):
+        return projections.linears(x, weights, unrounded)
+    return portable.linears(ops, x, weights, unrounded, products=products)
+
+
+def norm_linears(
+    ops: Any,
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    weights: Sequence[Weight],
+    unrounded: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The op `norm_linears` (ops/linear.py)."""
+    codes = [w for w in weights if isinstance(w, QuantTensor) and portable.is_fp8(w)]
+    if len(codes) < len(weights) or x.dtype != torch.bfloat16 or x.shape[1] % 128 or not len(x):
+        return linears(ops, ops.rms_norm(x, norm, eps), weights, unrounded)
+    return projections.norm_linears(x, norm, eps, codes, unrounded, products)
+
+
+def shared_expert(
+    ops: Any, gate: Tensor, up: Tensor, w2: Weight, limit: float, dtype: torch.dtype
+) -> Tensor:
+    """The op `shared_expert` (ops/moe.py)."""
+    if projections.fits_activation(gate, up, w2, dtype):
+        return projections.shared_expert(gate, up, w2, limit)
+    return portable_expert(ops, gate, up, w2, limit, dtype, products=products)
+
+
 _NEEDS = frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA})
-KERNELS = (
-    Kernel(
-        "linear",
-        "sm90",
-        partial(linear, products=products),
-        _NEEDS,
-        priority=20,
-        supports=other_triton,
-    ),
-    Kernel(
-        "shared_expert",
-        "sm90",
-        partial(shared_expert, products=products),
-        _NEEDS,
-        priority=20,
-        supports=other_triton,
-    ),
+KERNELS = tuple(
+    Kernel(op, "sm90", run, _NEEDS, priority=20, supports=other_triton)
+    for op, run in (
+        ("linear", linear),
+        ("linears", linears),
+        ("norm_linears", norm_linears),
+        ("shared_expert", shared_expert),
+    )
 )

@@ -258,7 +258,7 @@ def _product(
 
 
 @gluon.jit
-def _tile(tiles, TT: gl.constexpr):
+def _tile_of(tiles, TT: gl.constexpr):
     """This program's expert, first place and end, and the places of its columns in two layouts.
 
     Tiles and order are older than the kernel ahead of this one: they need no waiting.
@@ -274,12 +274,12 @@ def _tile(tiles, TT: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["TURNS", "INNER_TILES"])
-def _gate_up(
+def _fp4_gate_up(
     w1, w1_scale, w3, w3_scale, x, x_scale, order, weights, tiles, hidden, TURNS, INNER_TILES, LIMIT,
     TOPK: gl.constexpr, TT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """hidden[place, n] of one tile of an expert's tokens and 32 of its inner features."""
-    expert, first, end, place, place_flat = _tile(tiles, TT)
+    expert, first, end, place, place_flat = _tile_of(tiles, TT)
     if expert >= 0:
         row = gl.load(order + place, mask=place < end, other=0) // TOPK
         row_flat = gl.load(order + place_flat, mask=place_flat < end, other=0) // TOPK
@@ -310,12 +310,12 @@ def _gate_up(
 
 
 @gluon.jit(do_not_specialize=["TURNS", "D_TILES"])
-def _down(
+def _fp4_down(
     w2, w2_scale, x, x_scale, order, tiles, result, TURNS, D_TILES,
     TT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """result[slot, n] of one tile of an expert's tokens and 64 output features."""
-    expert, first, end, place, place_flat = _tile(tiles, TT)
+    expert, first, end, place, place_flat = _tile_of(tiles, TT)
     if expert >= 0:
         # A tile's two halves are the first and the second 32 of its features.
         tile = expert.to(gl.int64) * D_TILES + gl.program_id(0) * 2
@@ -395,6 +395,8 @@ def prepare(weight: Weight) -> Weight:
     # Both sizes, so that of one layer's weights all are laid out or none.
     if len(weight.shape) != 3 or weight.shape[1] % 512 or weight.shape[2] % 512:
         return weight
+    if weight.codes.is_meta:  # only what will be launched is asked for
+        return replace(weight, scheme=PREPARED)
     if int(weight.scale.max()) + EXPONENT > 254:
         raise QuantizationError(
             f"an FP4 scale is 2^{int(weight.scale.max()) - 127}; this kernel takes scales below 2^122"
@@ -449,10 +451,11 @@ def routed_experts(
     w3: Weight,
     limit: float,
     first_expert: int = 0,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """The op `routed_experts` (ops/moe.py), for prepared FP4 weights here, for others as elsewhere."""
     if not (_prepared(w1) and _prepared(w2) and _prepared(w3) and y.shape[0]):
-        return portable(y, ids, weights, w1, w2, w3, limit, first_expert)
+        return portable(y, ids, weights, w1, w2, w3, limit, first_expert, shared)
     dim, inner, experts, topk = y.shape[1], w1.shape[1], w1.shape[0], ids.shape[1]
     options = tile_shape(ids.numel(), experts).options
     (c1, s1), (c2, s2), (c3, s3) = (
@@ -461,17 +464,18 @@ def routed_experts(
     factors = weights.to(torch.float32).contiguous()
 
     def gate_up(codes: Tensor, scale: Tensor, plan: Plan, hidden: Tensor) -> None:
-        _gate_up[(inner // 32, plan.tiles.shape[0])](
+        _fp4_gate_up[(inner // 32, plan.tiles.shape[0])](
             c1, s1, c3, s3, codes, scale, plan.order, factors, plan.tiles, hidden, dim // 512,
             inner // 32, limit, TOPK=topk, **options,
         )  # fmt: skip
 
     def down(codes: Tensor, scale: Tensor, plan: Plan, result: Tensor) -> None:
-        _down[(dim // 64, plan.tiles.shape[0])](
+        _fp4_down[(dim // 64, plan.tiles.shape[0])](
             c2, s2, codes, scale, plan.order, plan.tiles, result, inner // 512, dim // 32, **options
         )
 
-    return grouped(y, ids, experts, inner, first_expert, options["TT"], False, gate_up, down)
+    tile = options["TT"]
+    return grouped(y, ids, experts, inner, first_expert, tile, False, gate_up, down, shared, True)
 
 
 KERNELS = (

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourfold.core.batch import ForwardBatch
 from fourfold.core.device import Feature
 from fourfold.ops.registry import Kernel
 
@@ -26,6 +27,17 @@ def _nonfinite(values, sequence_ids, found, SIZE, SEQUENCES, BLOCK: tl.constexpr
         tl.store(found + sequence, 1)
 
 
+@triton.jit(do_not_specialize=["SIZE"])
+def _check(logits, tokens, sequence_ids, found, SIZE, BLOCK: tl.constexpr):
+    """A part of one row of logits."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + row * SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    bad = tl.max((value - value != 0.0).to(tl.int32))
+    if bad > 0:
+        tl.store(found + tl.load(sequence_ids + tl.load(tokens + row)), 1)
+
+
 def nonfinite_sequences(streams: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """The op `nonfinite_sequences` (ops/checks.py)."""
     found = torch.zeros(num_sequences, dtype=torch.uint8, device=streams.device)
@@ -38,6 +50,18 @@ def nonfinite_sequences(streams: Tensor, sequence_ids: Tensor, num_sequences: in
     return found.view(torch.bool)
 
 
+def check_logits(found: Tensor, logits: Tensor, batch: ForwardBatch) -> None:
+    """The op `check_logits` (ops/checks.py)."""
+    if logits.numel():
+        rows, size = logits.shape
+        _check[(rows, -(-size // BLOCK))](
+            logits.contiguous(), batch.logits_tokens, batch.sequence_ids, found.view(torch.uint8),
+            size, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+_NEEDS = frozenset({Feature.TRITON})
 KERNELS = (
-    Kernel("nonfinite_sequences", "triton", nonfinite_sequences, frozenset({Feature.TRITON})),
+    Kernel("nonfinite_sequences", "triton", nonfinite_sequences, _NEEDS),
+    Kernel("check_logits", "triton", check_logits, _NEEDS),
 )

@@ -23,6 +23,7 @@ from fourfold.core.batch import Emission, ForwardBatch
 from fourfold.core.device import Feature
 from fourfold.core.row_format import RowKind
 from fourfold.core.rows import RowPages
+from fourfold.kernels.triton.early import after_previous, also_early, launch
 from fourfold.kernels.triton.rows import PLAIN, normed_row, row_shape, row_size, store_row
 from fourfold.ops.registry import Kernel
 
@@ -173,8 +174,10 @@ def _compress(
     SERIES: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs 0 … E−1 make a row each, the others a kept fold."""
+    after_previous(EARLY)
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_row = program < E
@@ -192,8 +195,9 @@ def _compress(
 
 
 @triton.jit
-def _store_folds(folds, kept, targets, SIZE, BLOCK: tl.constexpr):
+def _store_folds(folds, kept, targets, SIZE, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One kept fold to its slot; −1 is nowhere."""
+    after_previous(EARLY)
     index = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + index).to(tl.int64)
     if target < 0:
@@ -242,9 +246,11 @@ def _compress_rows(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     PADDING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """As `_compress`, whole rows at once, which are then normalised, rotated, encoded and written: to
     the page `own`, and to their slot of `pages`."""
+    after_previous(EARLY)
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     is_row = program < E
@@ -292,6 +298,7 @@ def compress(
     emission: Emission,
     ratio: int,
     out_dtype: torch.dtype,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op `compress` (ops/compressor.py)."""
     series, width = folds.shape[1], folds.shape[-1]
@@ -303,7 +310,8 @@ def compress(
             kv.contiguous(), gate.contiguous(), ape, folds, batch.positions, batch.sequence_ids,
             batch.cu_seqlens_q, batch.num_computed_tokens, batch.fold_sources, emission.tokens,
             batch.fold_tokens, rows, kept, batch.num_tokens, count, width, ratio,
-            SERIES=series, STEPS=fold_steps(ratio), BLOCK=CHANNELS, num_warps=4, **EXACT,
+            SERIES=series, STEPS=fold_steps(ratio), BLOCK=CHANNELS, EARLY=early, num_warps=4,
+            **EXACT, **launch(early),
         )  # fmt: skip
     return rows, kept
 
@@ -313,13 +321,14 @@ def fold_steps(ratio: int) -> int:
     return min(triton.next_power_of_2(ratio), 16)
 
 
-def store_folds(folds: Tensor, kept: Tensor, targets: Tensor) -> None:
+def store_folds(folds: Tensor, kept: Tensor, targets: Tensor, early: bool = False) -> None:
     """The op `store_folds` (ops/compressor.py)."""
     if targets.shape[0]:
         size = kept[0].numel()
         _store_folds[(targets.shape[0], -(-size // 1024))](
-            folds, kept.contiguous(), targets, size, BLOCK=1024, num_warps=4
-        )
+            folds, kept.contiguous(), targets, size, BLOCK=1024, EARLY=early, num_warps=4,
+            **launch(early),
+        )  # fmt: skip
 
 
 def compress_rows(
@@ -336,6 +345,7 @@ def compress_rows(
     emission: Emission,
     ratio: int,
     out_dtype: torch.dtype,
+    early: bool = False,
 ) -> RowPages:
     """The op `compress_rows` (ops/compressor.py) in two launches: folds are written last, as other
     programs read them until then."""
@@ -355,14 +365,14 @@ def compress_rows(
             row_size(format), format.scale_bytes, own.shape[1], pages.storage.stride(0),
             pages.rows_per_page, SERIES=series, STEPS=fold_steps(ratio),
             PADDING=triton.next_power_of_2(format.data_bytes), **row_shape(format),
-            num_warps=8 if width > 256 else 4, **EXACT,
+            EARLY=early, num_warps=8 if width > 256 else 4, **EXACT, **launch(early),
         )  # fmt: skip
-    store_folds(folds, kept, batch.fold_targets)
+    store_folds(folds, kept, batch.fold_targets, early)
     return RowPages(own, format, count)
 
 
 _NEEDS = frozenset({Feature.TRITON})
-KERNELS = (
+KERNELS = also_early(
     Kernel("compress", "triton", compress, _NEEDS),
     Kernel("store_folds", "triton", store_folds, _NEEDS),
     Kernel("compress_rows", "triton", compress_rows, _NEEDS),

@@ -1,11 +1,11 @@
 """Inverse rotary and the block-diagonal output projection for GPUs, in three forms.
 
-    triton        the definition: products of the model's dtype. FP8 weights are read as they are stored
+    einsum        the definition: products of the model's dtype. FP8 weights are read as they are stored
                   and become numbers of the model's dtype in registers; for many tokens once, in memory
     fp8_batched   activations rounded to FP8 per 128 behind the rotary, one FP8 launch over all groups
-    fp8_groups    the same rounding, one FP8 linear layer a group
+    fp8_loop      the same rounding, one FP8 linear layer a group
 
-The two FP8 forms round what the definition does not and are for `--kernel grouped_output=NAME`; weights
+The two FP8 forms round what the definition does not and are for `--kernel wo_a=NAME`; weights
 that are not FP8 blocks take the definition's way in them too.
 
 As in linear.py the weight is the left operand, K is cut into chunks by the shape alone and chunks are
@@ -35,7 +35,7 @@ PLAIN, DECODED, FP8 = (tl.constexpr(n) for n in range(3))  # what the weight is 
 
 
 @triton.jit
-def _decode_fp8(codes):
+def decode_fp8(codes):
     """The float32 numbers of E4M3 codes: their seven bits are the top of a float32 of 2^−120 the size."""
     wide = codes.to(tl.int32)
     bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
@@ -43,7 +43,8 @@ def _decode_fp8(codes):
 
 
 @triton.jit
-def _scale(scales, index, E8M0: tl.constexpr):
+def block_scale(scales, index, E8M0: tl.constexpr):
+    """The float32 scale of one block."""
     if E8M0:
         raw = tl.load(scales + index).to(tl.int32)
         value = tl.where(raw == 0, 0x00400000, raw << 23).to(tl.float32, bitcast=True)
@@ -53,19 +54,19 @@ def _scale(scales, index, E8M0: tl.constexpr):
 
 
 @triton.jit
-def _dequantize(codes, scales, out, ROWS, K, SCALES, E8M0: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_wo_a(codes, scales, out, ROWS, K, SCALES, E8M0: tl.constexpr, BLOCK: tl.constexpr):
     """out = the numbers of one block of BLOCK rows and inputs."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < ROWS)[:, None] & (k < K)[None, :]
     place = row.to(tl.int64)[:, None] * K + k[None, :]
-    scale = _scale(scales, tl.program_id(0) * SCALES + tl.program_id(1), E8M0)
-    value = _decode_fp8(tl.load(codes + place, mask=inside, other=0)) * scale
+    scale = block_scale(scales, tl.program_id(0) * SCALES + tl.program_id(1), E8M0)
+    value = decode_fp8(tl.load(codes + place, mask=inside, other=0)) * scale
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _grouped(
+def _wo_a(
     w,
     scales,
     x,
@@ -122,9 +123,9 @@ def _grouped(
             if FORM == PLAIN:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
             else:
-                s_w = _scale(scales, n // BLOCK * SCALES + step * TK // BLOCK, E8M0)[:, None]
+                s_w = block_scale(scales, n // BLOCK * SCALES + step * TK // BLOCK, E8M0)[:, None]
                 if FORM == DECODED:
-                    number = (_decode_fp8(a) * s_w).to(x.dtype.element_ty)
+                    number = (decode_fp8(a) * s_w).to(x.dtype.element_ty)
                     acc = tl.dot(number, b, acc, input_precision="ieee")
                 else:
                     groups = width // BLOCK
@@ -144,7 +145,7 @@ def _grouped(
 
 
 @triton.jit
-def _add(parts, out, COUNT, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_wo_a(parts, out, COUNT, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """`out[i] = parts[0, i] + parts[1, i] + …` in that order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(parts + i, mask=i < COUNT, other=0.0)
@@ -191,7 +192,7 @@ def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
         return dense(weight, dtype).contiguous()
     rows, size = weight.shape
     out = torch.empty(rows, size, dtype=dtype, device=weight.device)
-    _dequantize[(-(-rows // BLOCK), -(-size // BLOCK))](
+    _dequantize_wo_a[(-(-rows // BLOCK), -(-size // BLOCK))](
         weight.codes, weight.scale, out, rows, size, weight.scale.shape[1],
         E8M0=weight.scale.dtype == torch.uint8, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
@@ -214,7 +215,7 @@ def _product(
     tile = min(max(triton.next_power_of_2(tokens), 16), 128)
     shape = shape_for(form, tile, x.dtype == torch.float32)
     grid = (groups * -(-rank // shape.rows), -(-tokens // tile), chunks if split else 1)
-    _grouped[grid](
+    _wo_a[grid](
         w, scales, x, x_scale, parts, tokens, rows, rank, size, -(-size // BLOCK),
         CHUNK=chunk, CHUNKS=chunks, SPLIT=split, FORM=form, E8M0=scales.dtype == torch.uint8,
         FNUZ=fnuz, WHOLE=size % BLOCK == 0, BLOCK=BLOCK, TN=shape.rows, TK=shape.inputs, TT=tile,
@@ -222,12 +223,12 @@ def _product(
     )  # fmt: skip
     if split:
         count = out.numel()
-        _add[(-(-count // 1024),)](parts, out, count, CHUNKS=chunks, BLOCK=1024, num_warps=4)
+        _add_wo_a[(-(-count // 1024),)](parts, out, count, CHUNKS=chunks, BLOCK=1024, num_warps=4)
     return out
 
 
-def grouped_output(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """The op `grouped_output` (ops/linear.py): products of the model's dtype."""
+def einsum(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """The op `wo_a` (ops/linear.py): products of the model's dtype."""
     tokens, dtype = attended.shape[0], attended.dtype
     if not tokens:
         return torch.empty(0, weight.shape[0], dtype=dtype, device=attended.device)
@@ -242,10 +243,10 @@ def grouped_output(attended: Tensor, weight: Weight, positions: Tensor, inv_freq
 def fp8_batched(
     attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor, fnuz: bool = False
 ) -> Tensor:
-    """`grouped_output` with FP8 activations, one launch for all groups."""
+    """`wo_a` with FP8 activations, one launch for all groups."""
     tokens, size = attended.shape[0], weight.shape[1]
     if not isinstance(weight, QuantTensor) or not _is_fp8(weight) or size % BLOCK or not tokens:
-        return grouped_output(attended, weight, positions, inv_freq)
+        return einsum(attended, weight, positions, inv_freq)
     turned = run_rotate(attended, positions, inv_freq, True, None)
     codes, scale = quantize_activations(turned.flatten(1), fnuz)
     x = as_fp8(codes, fnuz).view(tokens, -1, size)
@@ -253,15 +254,15 @@ def fp8_batched(
     return _product(w, weight.scale, x, scale, FP8.value, attended.dtype, fnuz)
 
 
-def fp8_groups(
+def fp8_loop(
     attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor, fnuz: bool = False
 ) -> Tensor:
-    """`grouped_output` with FP8 activations, one linear layer a group."""
+    """`wo_a` with FP8 activations, one linear layer a group."""
     tokens, heads, dim = attended.shape
     rows, size = weight.shape
     rank = rows * size // (heads * dim)
     if not isinstance(weight, QuantTensor) or not _is_fp8(weight) or rank % BLOCK:
-        return grouped_output(attended, weight, positions, inv_freq)
+        return einsum(attended, weight, positions, inv_freq)
     turned = run_rotate(attended, positions, inv_freq, True, None).view(tokens, -1, size)
     out = torch.empty(tokens, rows, dtype=attended.dtype, device=attended.device)
     blocks = rank // BLOCK
@@ -280,13 +281,11 @@ def fp8_groups(
 
 _OCP = frozenset({Feature.TRITON, Feature.FP8_OCP})
 _FNUZ = frozenset({Feature.TRITON, Feature.FP8_FNUZ})
-# Never chosen by themselves: they are behind "triton", which needs less.
+# Never chosen by themselves: they are behind "einsum", which needs less.
 KERNELS = (
-    Kernel("grouped_output", "triton", grouped_output, frozenset({Feature.TRITON}), priority=10),
-    Kernel("grouped_output", "fp8_batched", fp8_batched, _OCP, priority=2),
-    Kernel("grouped_output", "fp8_groups", fp8_groups, _OCP, priority=1),
-    Kernel(
-        "grouped_output", "fp8_batched_fnuz", partial(fp8_batched, fnuz=True), _FNUZ, priority=2
-    ),
-    Kernel("grouped_output", "fp8_groups_fnuz", partial(fp8_groups, fnuz=True), _FNUZ, priority=1),
+    Kernel("wo_a", "einsum", einsum, frozenset({Feature.TRITON}), priority=10),
+    Kernel("wo_a", "fp8_batched", fp8_batched, _OCP, priority=2),
+    Kernel("wo_a", "fp8_loop", fp8_loop, _OCP, priority=1),
+    Kernel("wo_a", "fp8_batched_fnuz", partial(fp8_batched, fnuz=True), _FNUZ, priority=2),
+    Kernel("wo_a", "fp8_loop_fnuz", partial(fp8_loop, fnuz=True), _FNUZ, priority=1),
 )

@@ -15,7 +15,7 @@ that the unit takes: a cast between load and product would send them through reg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fourfold.core.device import Feature
 from fourfold.core.tensor import QuantTensor, Weight
+from fourfold.kernels.triton.early import after_previous, launch
 from fourfold.ops.linear import round_activations
 from fourfold.ops.registry import Kernel
 
@@ -59,7 +60,7 @@ def to_fp8(values, FNUZ: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _quantize_activations(
+def _round_to_fp8(
     x,
     codes,
     scale,
@@ -70,8 +71,10 @@ def _quantize_activations(
     FNUZ: tl.constexpr,
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program a token and COUNT of its groups, as `to_fp8` rounds them."""
+    after_previous(EARLY)
     token = tl.program_id(0)
     group = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     offset = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -233,11 +236,11 @@ def plain_block(dtype: torch.dtype) -> int:
 
 
 def quantize_activations(
-    x: Tensor, fnuz: bool = False, by_group: bool = False
+    x: Tensor, fnuz: bool = False, by_group: bool = False, early: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 `[T, K]` and scales float32, powers of two, of x `[T, K]`.
 
-    Scales are `[T, ceil(K/128)]`, or with `by_group` `[ceil(K/128), T]`.
+    Scales are `[T, ceil(K/128)]`, or with `by_group` `[ceil(K/128), T]`; `early` as in triton/early.py.
     """
     tokens, size = x.shape
     groups = -(-size // BLOCK_K)
@@ -246,9 +249,9 @@ def quantize_activations(
     scale = torch.empty(shape, dtype=torch.float32, device=x.device)
     if tokens:
         count = min(triton.next_power_of_2(groups), 32) if tokens > WIDE_TILE else 1
-        _quantize_activations[(tokens, -(-groups // count))](
+        _round_to_fp8[(tokens, -(-groups // count))](
             x, codes, scale, tokens, size, groups, BY_GROUP=by_group, FNUZ=fnuz, COUNT=count,
-            GROUP=BLOCK_K, num_warps=4 if count > 4 else 1,
+            GROUP=BLOCK_K, EARLY=early, num_warps=4 if count > 4 else 1, **launch(early),
         )  # fmt: skip
     return codes, scale
 
@@ -329,12 +332,33 @@ def linear(
     return finish(o, dtype, fnuz, products)
 
 
+def linears(
+    ops: object,
+    x: Tensor,
+    weights: Sequence[Weight],
+    unrounded: Sequence[bool],
+    fnuz: bool = False,
+    products: Products | None = None,
+) -> tuple[Tensor, ...]:
+    """The op `linears` (ops/linear.py): `linear` for each weight, with x rounded once for all."""
+    x = x.contiguous()
+    rounded: tuple[Tensor, Tensor] | None = None
+    outputs = []
+    for weight, wide in zip(weights, unrounded, strict=True):
+        if isinstance(weight, QuantTensor) and is_fp8(weight) and x.shape[0]:
+            codes, scale = rounded = rounded or quantize_activations(x, fnuz, by_group=True)
+            o = operands(weight, as_fp8(codes, fnuz), scale)
+            outputs.append(finish(o, torch.float32 if wide else x.dtype, fnuz, products))
+        else:
+            outputs.append(linear(x, weight, wide, fnuz, products))
+    return tuple(outputs)
+
+
+_OCP = frozenset({Feature.TRITON, Feature.FP8_OCP})
+_FNUZ = frozenset({Feature.TRITON, Feature.FP8_FNUZ})
 KERNELS = (
-    Kernel("linear", "triton", linear, frozenset({Feature.TRITON, Feature.FP8_OCP})),
-    Kernel(
-        "linear",
-        "triton_fnuz",
-        partial(linear, fnuz=True),
-        frozenset({Feature.TRITON, Feature.FP8_FNUZ}),
-    ),
+    Kernel("linear", "triton", linear, _OCP),
+    Kernel("linear", "triton_fnuz", partial(linear, fnuz=True), _FNUZ),
+    Kernel("linears", "triton", linears, _OCP),
+    Kernel("linears", "triton_fnuz", partial(linears, fnuz=True), _FNUZ),
 )

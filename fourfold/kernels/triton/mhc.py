@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.core.device import Feature
+from fourfold.kernels.triton.early import after_previous, also_early, launch
 from fourfold.ops.mhc import Site
 from fourfold.ops.registry import Kernel
 
@@ -75,6 +76,7 @@ def _streams(
     TILES: tl.constexpr,
     TT: tl.constexpr,
     BD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """`out` = new streams (POST), `parts [chunks, T, WIDTH]` = sums of fn · X and of X² (MIX).
 
@@ -95,6 +97,7 @@ def _streams(
                 other=0.0,
             )
             a = a + (_parts(values.to(tl.float32), WIDE),)
+    after_previous(EARLY)
     for tile in range(TILES):
         tokens = (tl.program_id(1) * TILES + tile).to(tl.int64) * TT + tl.arange(0, TT)
         live = tokens < T
@@ -304,8 +307,10 @@ def _finish(
     TOKENS: tl.constexpr,
     HEAD: tl.constexpr,
     BD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs 0 … T−1 make y; the rest post and comb of TOKENS tokens each (not for HEAD)."""
+    after_previous(EARLY)
     program = tl.program_id(0)
     if HEAD or program < T:
         _read_streams(
@@ -327,7 +332,8 @@ def _warps(streams: Tensor) -> int:
 def _run_streams(
     streams: Tensor,
     fn: Tensor | None,
-    post_step: tuple[Tensor, Tensor, Tensor] | None = None,
+    post_step: tuple[Tensor, Tensor, Tensor] | None,
+    early: bool,
 ) -> tuple[Tensor, Tensor]:
     """New streams (or the given ones) and `parts [chunks, per chunk, T, width]` (see `_streams`), without
     tokens if without fn."""
@@ -349,7 +355,8 @@ def _run_streams(
         _streams[(chunks * per, -(-tokens // (TOKENS * tiles)))](
             z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
             POST=post_step is not None, MIX=fn is not None, APART=apart, S=count, ROWS=rows,
-            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, num_warps=_warps(streams), num_stages=1, **EXACT,
+            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, EARLY=early, num_warps=_warps(streams),
+            num_stages=1, **EXACT, **launch(early),
         )  # fmt: skip
     return out, parts
 
@@ -361,6 +368,7 @@ def _run_finish(
     eps: tuple[float, float],
     rows: int,
     iterations: int,
+    early: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, post and comb from the sums; `iterations` 0 is the head, which has y only."""
     tokens, count, dim = streams.shape
@@ -375,34 +383,43 @@ def _run_finish(
             CHUNKS=triton.next_power_of_2(parts.shape[0]), PER=parts.shape[1], S=count, ROWS=rows,
             WIDTH=parts.shape[3],
             BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations, BD=DIMS,
-            num_warps=_warps(streams) * (1 if dim <= 4096 else 2), **EXACT,
+            EARLY=early, num_warps=_warps(streams) * (1 if dim <= 4096 else 2), **EXACT,
+            **launch(early),
         )  # fmt: skip
     return y, post, comb
 
 
-def _finish_site(streams: Tensor, parts: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+def _finish_site(
+    streams: Tensor, parts: Tensor, site: Site, early: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     parameters = (site.base, site.scale.to(torch.float32), site.norm)
     eps = (site.norm_eps, site.hc_eps)
-    return _run_finish(streams, parts, parameters, eps, site.fn.shape[0], site.iterations)
+    return _run_finish(streams, parts, parameters, eps, site.fn.shape[0], site.iterations, early)
 
 
-def hc_pre(streams: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+def hc_pre(streams: Tensor, site: Site, early: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The op `hc_pre` (ops/mhc.py)."""
-    streams, parts = _run_streams(streams, site.fn)
-    return _finish_site(streams, parts, site)
+    streams, parts = _run_streams(streams, site.fn, None, early)
+    return _finish_site(streams, parts, site, early)
 
 
-def hc_post(z: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+def hc_post(z: Tensor, streams: Tensor, post: Tensor, comb: Tensor, early: bool = False) -> Tensor:
     """The op `hc_post` (ops/mhc.py)."""
-    return _run_streams(streams, None, (z, post, comb))[0]
+    return _run_streams(streams, None, (z, post, comb), early)[0]
 
 
 def hc_post_pre(
-    ops: object, z: Tensor, streams: Tensor, post: Tensor, comb: Tensor, site: Site
+    ops: object,
+    z: Tensor,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    site: Site,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `hc_post_pre` (ops/mhc.py): `hc_post` and `hc_pre`, bit for bit."""
-    new, parts = _run_streams(streams, site.fn, (z, post, comb))
-    return (new, *_finish_site(new, parts, site))
+    new, parts = _run_streams(streams, site.fn, (z, post, comb), early)
+    return (new, *_finish_site(new, parts, site, early))
 
 
 def hc_head(
@@ -413,15 +430,16 @@ def hc_head(
     norm: Tensor,
     norm_eps: float,
     hc_eps: float,
+    early: bool = False,
 ) -> Tensor:
     """The op `hc_head` (ops/mhc.py)."""
-    streams, parts = _run_streams(streams, fn)
+    streams, parts = _run_streams(streams, fn, None, early)
     parameters = (base, scale.to(torch.float32), norm)
-    return _run_finish(streams, parts, parameters, (norm_eps, hc_eps), fn.shape[0], 0)[0]
+    return _run_finish(streams, parts, parameters, (norm_eps, hc_eps), fn.shape[0], 0, early)[0]
 
 
 _NEEDS = frozenset({Feature.TRITON})
-KERNELS = (
+KERNELS = also_early(
     Kernel("hc_pre", "triton", hc_pre, _NEEDS),
     Kernel("hc_post", "triton", hc_post, _NEEDS),
     Kernel("hc_post_pre", "triton", hc_post_pre, _NEEDS),

@@ -3,7 +3,7 @@
     ids [T, k] ─ sort ─ tiles (expert, up to TT of its tokens)
     tile × I:  hidden = round(weight · silu(min(w1 y, L)) · clamp(w3 y, −L, L))
     tile × D:  result[token, slot] = w2 hidden
-    out[token] = result[token, 0] + result[token, 1] + …          in slot order, no atomics
+    out[token] = result[token, 0] + result[token, 1] + … (+ shared)    in slot order, no atomics
 
 As in linear.py the weight is the left operand and tokens are columns, all of K is summed in order by one
 program, and no tile size depends on the batch in the direction that is summed: a token's result is its
@@ -27,12 +27,20 @@ from torch import Tensor
 
 from fourfold.core.device import Feature
 from fourfold.core.tensor import QuantTensor, Weight
-from fourfold.kernels.triton.linear import as_fp8, quantize_activations
+from fourfold.kernels.triton.early import after_previous, launch
+from fourfold.kernels.triton.linear import (
+    BLOCK_K,
+    WIDE_TILE,
+    as_fp8,
+    quantize_activations,
+    to_fp8,
+)
 from fourfold.ops.moe import routed_experts as body
 from fourfold.ops.registry import Kernel
 
 ROWS = 64  # output features a program
 SORTED_AT_ONCE = 8192  # slots
+SHARE = 32  # slots that a program finds places for
 
 
 @triton.jit
@@ -102,7 +110,7 @@ def _fp8_block(
 
 
 @triton.jit(do_not_specialize=["SCALES"])
-def _gate_up(
+def _experts_gate_up(
     w1,
     w1_scale,
     w3,
@@ -165,7 +173,7 @@ def _gate_up(
 
 
 @triton.jit(do_not_specialize=["SCALES"])
-def _down(
+def _experts_down(
     w2,
     w2_scale,
     hidden,
@@ -212,8 +220,12 @@ def _down(
 
 
 @triton.jit
-def _sum_slots(result, ids, out, D, LOW, HIGH, TOPK: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = the results of slots 0, 1, … in that order; slots of absent experts are skipped."""
+def _sum_slots(
+    result, ids, shared, out, D, LOW, HIGH, SHARED: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out[t] = the results of slots 0, 1, … in that order, SHARED last; absent experts are skipped."""
+    after_previous(EARLY)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -222,7 +234,9 @@ def _sum_slots(result, ids, out, D, LOW, HIGH, TOPK: tl.constexpr, BLOCK: tl.con
         here = (expert >= LOW) & (expert < HIGH)
         value = tl.load(result + (token * TOPK + slot) * D + d, mask=(d < D) & here, other=0.0)
         total += value
-    tl.store(out + token * D + d, total, mask=d < D)
+    if SHARED:
+        total += tl.load(shared + token * D + d, mask=d < D, other=0.0)
+    tl.store(out + token * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
 @dataclass(frozen=True)
@@ -241,8 +255,9 @@ def _local(ids, slot, SLOTS, FIRST, EXPERTS):
     return tl.where((expert >= 0) & (expert < EXPERTS) & (slot < SLOTS), expert, EXPERTS)
 
 
-@triton.jit(do_not_specialize=["SLOTS", "FIRST", "MOST"])
-def _sort_slots(
+@triton.jit
+def _sort(
+    program,
     ids,
     order,
     tiles,
@@ -256,7 +271,6 @@ def _sort_slots(
     SHARE: tl.constexpr,
 ):
     """Program 0 writes the tiles; each other one the places of SHARE slots: how many come before."""
-    program = tl.program_id(0)
     if program == 0:
         counts = tl.zeros((BINS,), dtype=tl.int32)
         for start in range(0, SLOTS, BLOCK):
@@ -292,20 +306,116 @@ def _sort_slots(
         tl.store(order + before, mine, mask=mine < SLOTS)
 
 
-def sort_tokens(ids: Tensor, num_experts: int, first_expert: int, tile: int) -> Plan:
+@triton.jit(do_not_specialize=["SLOTS", "FIRST", "MOST"])
+def _sort_slots(
+    ids,
+    order,
+    tiles,
+    SLOTS,
+    FIRST,
+    EXPERTS,
+    MOST,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Sorting alone: see `_sort`."""
+    after_previous(EARLY)
+    _sort(
+        tl.program_id(0), ids, order, tiles, SLOTS, FIRST, EXPERTS, MOST, TILE, BINS, BLOCK, SHARE
+    )
+
+
+@triton.jit(do_not_specialize=["SLOTS", "FIRST", "MOST", "SORTERS"])
+def _sort_and_round(
+    ids,
+    order,
+    tiles,
+    x,
+    codes,
+    scale,
+    SLOTS,
+    FIRST,
+    EXPERTS,
+    MOST,
+    SORTERS,
+    K,
+    GROUPS,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
+    FNUZ: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The first SORTERS programs sort; each other one rounds COUNT groups of one token to FP8."""
+    after_previous(EARLY)
+    program = tl.program_id(0)
+    if program < SORTERS:
+        _sort(program, ids, order, tiles, SLOTS, FIRST, EXPERTS, MOST, TILE, BINS, BLOCK, SHARE)
+    else:
+        each = tl.cdiv(GROUPS, COUNT)
+        token = ((program - SORTERS) // each).to(tl.int64)
+        group = (program - SORTERS) % each * COUNT + tl.arange(0, COUNT)
+        offset = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = offset < K
+        values = tl.load(x + token * K + offset, mask=inside, other=0.0).to(tl.float32)
+        raw, factor = to_fp8(values, FNUZ)
+        tl.store(codes + token * K + offset, raw, mask=inside)
+        tl.store(scale + token * GROUPS + group, factor, mask=group < GROUPS)
+
+
+def sort_tokens(
+    ids: Tensor, num_experts: int, first_expert: int, tile: int, early: bool = False
+) -> Plan:
     """Sort the slots of `ids [T, k]` by expert and cut each expert's into tiles, on the device."""
     slots = ids.numel()
-    most = min(slots, num_experts) + slots // tile
+    most = _most_tiles(slots, num_experts, tile)
     if slots > SORTED_AT_ONCE:
         return _sort_many(ids, num_experts, first_expert, tile, most)
-    order = torch.empty(slots, dtype=torch.int32, device=ids.device)
-    tiles = torch.empty(most, 3, dtype=torch.int32, device=ids.device)
-    share = 32
-    _sort_slots[(1 + -(-slots // share),)](
-        ids.contiguous(), order, tiles, slots, first_expert, num_experts, most, TILE=tile,
-        BINS=triton.next_power_of_2(num_experts + 1), BLOCK=512, SHARE=share,
+    plan = _empty_plan(slots, most, ids.device)
+    _sort_slots[(1 + -(-slots // SHARE),)](
+        ids.contiguous(), plan.order, plan.tiles, slots, first_expert, num_experts, most, TILE=tile,
+        BINS=triton.next_power_of_2(num_experts + 1), BLOCK=512, SHARE=SHARE, EARLY=early,
+        **launch(early),
     )  # fmt: skip
-    return Plan(order, tiles)
+    return plan
+
+
+def _most_tiles(slots: int, num_experts: int, tile: int) -> int:
+    return min(slots, num_experts) + slots // tile
+
+
+def _empty_plan(slots: int, most: int, device: torch.device) -> Plan:
+    return Plan(
+        torch.empty(slots, dtype=torch.int32, device=device),
+        torch.empty(most, 3, dtype=torch.int32, device=device),
+    )
+
+
+def sort_and_round(
+    y: Tensor, ids: Tensor, num_experts: int, first_expert: int, tile: int, fnuz: bool, early: bool
+) -> tuple[Plan, Tensor, Tensor]:
+    """`sort_tokens` of ids, and `quantize_activations` of y: for few tokens in one launch."""
+    tokens, size = y.shape
+    if tokens > WIDE_TILE:
+        plan = sort_tokens(ids, num_experts, first_expert, tile, early)
+        return plan, *quantize_activations(y, fnuz, early=early)
+    slots, groups, count = ids.numel(), -(-size // BLOCK_K), 4
+    most, sorters = _most_tiles(slots, num_experts, tile), 1 + -(-slots // SHARE)
+    plan = _empty_plan(slots, most, ids.device)
+    codes = torch.empty(tokens, size, dtype=torch.uint8, device=y.device)
+    scale = torch.empty(tokens, groups, dtype=torch.float32, device=y.device)
+    _sort_and_round[(sorters + tokens * -(-groups // count),)](
+        ids.contiguous(), plan.order, plan.tiles, y, codes, scale, slots, first_expert, num_experts,
+        most, sorters, size, groups, TILE=tile, BINS=triton.next_power_of_2(num_experts + 1),
+        BLOCK=512, SHARE=SHARE, FNUZ=fnuz, COUNT=count, GROUP=BLOCK_K, EARLY=early, **launch(early),
+    )  # fmt: skip
+    return plan, codes, scale
 
 
 def _sort_many(ids: Tensor, num_experts: int, first_expert: int, tile: int, most: int) -> Plan:
@@ -349,26 +459,31 @@ def grouped(
     fnuz: bool,
     gate_up: Product,
     down: Product,
+    shared: Tensor | None,
+    early: bool = False,
 ) -> Tensor:
     """Sort, `gate_up`, `down`, sum; what is between the products is the same for every kernel of them.
 
     `gate_up(codes, scale, plan, hidden)` reads y's codes and scales by token and writes
     `hidden [T·k, I]`, and `down(codes, scale, plan, result)` hidden's and `result [T·k, D]`: hidden by
-    place in the order, result by slot.
+    place in the order, result by slot. `early` as in triton/early.py, for products that keep to it.
     """
     tokens, dim = y.shape
     topk = ids.shape[1]
-    plan = sort_tokens(ids, experts, first_expert, tile)
-    codes, scale = quantize_activations(y.contiguous(), fnuz)
+    plan, codes, scale = sort_and_round(
+        y.contiguous(), ids, experts, first_expert, tile, fnuz, early
+    )
     hidden = torch.empty(tokens * topk, inner, dtype=y.dtype, device=y.device)
     gate_up(as_fp8(codes, fnuz), scale, plan, hidden)
-    codes, scale = quantize_activations(hidden, fnuz)
+    codes, scale = quantize_activations(hidden, fnuz, early=early)
     result = torch.empty(tokens * topk, dim, dtype=torch.float32, device=y.device)
     down(as_fp8(codes, fnuz), scale, plan, result)
-    out = torch.empty(tokens, dim, dtype=torch.float32, device=y.device)
-    _sum_slots[(tokens, -(-dim // 1024))](
-        result, ids.contiguous(), out, dim, first_expert, first_expert + experts,
-        TOPK=topk, BLOCK=1024,
+    dtype = torch.float32 if shared is None else y.dtype
+    out = torch.empty(tokens, dim, dtype=dtype, device=y.device)
+    _sum_slots[(tokens, -(-dim // 512))](
+        result, ids.contiguous(), result if shared is None else shared.contiguous(), out, dim,
+        first_expert, first_expert + experts, SHARED=shared is not None, TOPK=topk, BLOCK=512,
+        EARLY=early, **launch(early),
     )  # fmt: skip
     return out
 
@@ -387,16 +502,18 @@ def routed_experts(
     w3: Weight,
     limit: float,
     first_expert: int = 0,
+    shared: Tensor | None = None,
     fnuz: bool = False,
 ) -> Tensor:
     """The op `routed_experts` (ops/moe.py) for experts of FP4 or FP8 blocks."""
     if not (_stored(w1) and _stored(w2) and _stored(w3)):
         # Plain experts exist in tests and in dequantised checkpoints only: exact, and slow.
-        return body(y, ids, weights, w1, w2, w3, limit, first_expert)
+        return body(y, ids, weights, w1, w2, w3, limit, first_expert, shared)
     tokens, dim = y.shape
     topk, experts, inner = ids.shape[1], w1.shape[0], w1.shape[1]
     if not tokens:
-        return torch.empty(0, dim, dtype=torch.float32, device=y.device)
+        dtype = torch.float32 if shared is None else y.dtype
+        return torch.empty(0, dim, dtype=dtype, device=y.device)
     tile = tokens_a_tile(tokens * topk, experts)
     fp4 = w1.scheme.name == "mxfp4"
     c1, c2, c3 = (w.codes if fp4 else as_fp8(w.codes, fnuz) for w in (w1, w2, w3))
@@ -406,18 +523,18 @@ def routed_experts(
     options |= {"TN": ROWS, "TT": tile, "num_warps": 4, "num_stages": 3}
 
     def gate_up(codes: Tensor, scale: Tensor, plan: Plan, hidden: Tensor) -> None:
-        _gate_up[(-(-inner // ROWS), plan.tiles.shape[0])](
+        _experts_gate_up[(-(-inner // ROWS), plan.tiles.shape[0])](
             c1, s1, c3, s3, codes, scale, plan.order, factors, plan.tiles, hidden, dim, inner,
             s1[0].numel(), limit, TOPK=topk, **options,
         )  # fmt: skip
 
     def down(codes: Tensor, scale: Tensor, plan: Plan, result: Tensor) -> None:
-        _down[(-(-dim // ROWS), plan.tiles.shape[0])](
+        _experts_down[(-(-dim // ROWS), plan.tiles.shape[0])](
             c2, s2, codes, scale, plan.order, plan.tiles, result, inner, dim, s2[0].numel(),
             **options,
         )  # fmt: skip
 
-    return grouped(y, ids, experts, inner, first_expert, tile, fnuz, gate_up, down)
+    return grouped(y, ids, experts, inner, first_expert, tile, fnuz, gate_up, down, shared)
 
 
 KERNELS = (

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.core.device import Feature
+from fourfold.kernels.triton.early import after_previous, also_early, launch
 from fourfold.ops.registry import Kernel
 
 HEADS = 4  # heads a program
@@ -50,8 +51,10 @@ def _rotate(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Heads of one token: divided by their RMS (NORM), the last 2·half dims turned."""
+    after_previous(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     live = (head < COUNT)[:, None]
@@ -71,7 +74,12 @@ def _rotate(
 
 
 def run_rotate(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool, eps: float | None
+    x: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    inverse: bool,
+    eps: float | None,
+    early: bool = False,
 ) -> Tensor:
     """`x [T, …, d]` with its last dims turned; with `eps`, each d-vector normalised first."""
     x = x.contiguous()
@@ -84,15 +92,17 @@ def run_rotate(
     _rotate[(tokens, -(-count // heads))](
         x, positions, inv_freq, out, count, dim, half, eps or 0.0,
         NORM=eps is not None, INVERSE=inverse, HEADS=heads,
-        BLOCK=triton.next_power_of_2(dim), HALF=triton.next_power_of_2(half),
-        num_warps=min(heads, 4), **EXACT,
+        BLOCK=triton.next_power_of_2(dim), HALF=triton.next_power_of_2(half), EARLY=early,
+        num_warps=min(heads, 4), **EXACT, **launch(early),
     )  # fmt: skip
     return out
 
 
-def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = False) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = False, early: bool = False
+) -> Tensor:
     """The op `rotate` (ops/rope.py)."""
-    return run_rotate(x, positions, inv_freq, inverse, None)
+    return run_rotate(x, positions, inv_freq, inverse, None, early)
 
 
-KERNELS = (Kernel("rotate", "triton", rotate, frozenset({Feature.TRITON})),)
+KERNELS = also_early(Kernel("rotate", "triton", rotate, frozenset({Feature.TRITON})))

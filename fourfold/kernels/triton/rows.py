@@ -16,6 +16,7 @@ from torch import Tensor
 from fourfold.core.device import Feature
 from fourfold.core.row_format import FP8_GROUP, RowFormat, RowKind
 from fourfold.core.rows import RowPages, storage_dtype
+from fourfold.kernels.triton.early import after_previous, also_early, launch
 from fourfold.kernels.triton.rope import EXACT, turn
 from fourfold.ops.registry import Kernel
 
@@ -163,8 +164,10 @@ def _rows(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     PADDING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Row i of a page of N rows; the last program clears what lies between the rows and the page's end."""
+    after_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     n = DIM - 2 * half
     d = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -198,8 +201,10 @@ def _copy_rows(
     SCALE_BYTES,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Row i of the page `rows` to its slot; slot −1 is nowhere."""
+    after_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
@@ -231,7 +236,7 @@ def row_size(format: RowFormat) -> int:
     return format.dim if format.kind is RowKind.PLAIN else format.data_bytes
 
 
-def _run(x: Tensor, norm: tuple[Any, ...] | None, format: RowFormat) -> RowPages:
+def _run(x: Tensor, norm: tuple[Any, ...] | None, format: RowFormat, early: bool) -> RowPages:
     count = x.shape[0]
     plain = format.kind is RowKind.PLAIN
     shape = (1, count, format.dim) if plain else (1, format.page_bytes(count))
@@ -243,24 +248,30 @@ def _run(x: Tensor, norm: tuple[Any, ...] | None, format: RowFormat) -> RowPages
             x, weight, positions, inv_freq, storage, count, format.dim, format.rope_dim // 2, eps,
             row_size(format), format.scale_bytes, storage.shape[1],
             NORM=norm is not None, PADDING=triton.next_power_of_2(format.data_bytes),
-            **row_shape(format), num_warps=1, **EXACT,
+            EARLY=early, **row_shape(format), num_warps=1, **EXACT, **launch(early),
         )  # fmt: skip
     return RowPages(storage, format, count)
 
 
-def encode_rows(rows: Tensor, format: RowFormat) -> RowPages:
+def encode_rows(rows: Tensor, format: RowFormat, early: bool = False) -> RowPages:
     """The op `encode_rows` (ops/rows.py)."""
-    return _run(rows, None, format)
+    return _run(rows, None, format, early)
 
 
 def norm_rope_rows(
-    x: Tensor, weight: Tensor, positions: Tensor, inv_freq: Tensor, eps: float, format: RowFormat
+    x: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+    format: RowFormat,
+    early: bool = False,
 ) -> RowPages:
     """The op `norm_rope_rows` (ops/rows.py)."""
-    return _run(x, (weight, positions, inv_freq, eps), format)
+    return _run(x, (weight, positions, inv_freq, eps), format, early)
 
 
-def store_rows(pages: RowPages, rows: RowPages, slots: Tensor) -> None:
+def store_rows(pages: RowPages, rows: RowPages, slots: Tensor, early: bool = False) -> None:
     """The op `store_rows` (ops/rows.py)."""
     count, format = slots.shape[0], pages.format
     if count:
@@ -269,12 +280,12 @@ def store_rows(pages: RowPages, rows: RowPages, slots: Tensor) -> None:
             pages.storage, pages.storage.stride(0), rows.storage, slots, rows.rows_per_page,
             pages.rows_per_page, size, format.scale_bytes, BLOCK=triton.next_power_of_2(size),
             SCALES=triton.next_power_of_2(format.scale_bytes) if format.scale_bytes else 0,
-            num_warps=1,
+            EARLY=early, num_warps=1, **launch(early),
         )  # fmt: skip
 
 
 _NEEDS = frozenset({Feature.TRITON})
-KERNELS = (
+KERNELS = also_early(
     Kernel("encode_rows", "triton", encode_rows, _NEEDS),
     Kernel("norm_rope_rows", "triton", norm_rope_rows, _NEEDS),
     Kernel("store_rows", "triton", store_rows, _NEEDS),

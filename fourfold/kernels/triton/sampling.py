@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.core.device import Feature
+from fourfold.kernels.triton.choice import GONE, ordered_logit
 from fourfold.kernels.triton.routing import descending_key
 from fourfold.ops.registry import Kernel
 from fourfold.ops.sampling import Adjustments, SamplingRows
@@ -30,9 +31,9 @@ EXACT = {"enable_fp_fusion": False}
 BLOCK = 2048  # tokens sorted by one program
 WAYS = 16  # logits tried at once in a search
 ROW_TILE = 64  # rows sorted at once: 28 bytes a token and row of workspace
+TOP_BLOCK = 2048  # tokens of which one program finds the likeliest
 LOGPROB_BLOCK = 4096
 MOST_LOGPROBS = 64  # alternatives a token; more go the body's way
-GONE = tl.constexpr(-(1 << 63))
 
 
 @triton.jit
@@ -73,21 +74,20 @@ def _mix(z):
 
 
 @triton.jit
-def _uniform(streams, positions, out, N, BLOCK: tl.constexpr):
-    """Two rounds of the SplitMix64 finaliser, as the body."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    stream = tl.load(streams + i, mask=i < N, other=0).to(tl.uint64, bitcast=True)
-    position = tl.load(positions + i, mask=i < N, other=0).to(tl.uint64, bitcast=True)
-    place = position * tl.full((), 0x94D049BB133111EB, tl.uint64)
-    state = _mix((stream ^ place) + tl.full((), 0x9E3779B97F4A7C15, tl.uint64))
-    top = (_mix(state) >> 11).to(tl.int64, bitcast=True)
-    tl.store(out + i, top.to(tl.float64) * 1.1102230246251565e-16, mask=i < N)
+def uniform_number(stream, position):
+    """Two rounds of the SplitMix64 finaliser, as the body of `uniform`; int64 in, float64 out."""
+    place = position.to(tl.uint64, bitcast=True) * tl.full((), 0x94D049BB133111EB, tl.uint64)
+    state = stream.to(tl.uint64, bitcast=True) ^ place
+    state = _mix(state + tl.full((), 0x9E3779B97F4A7C15, tl.uint64))
+    return (_mix(state) >> 11).to(tl.int64, bitcast=True).to(tl.float64) * 1.1102230246251565e-16
 
 
 @triton.jit
-def _ordered_logit(ordered):
-    """The float32 whose order-preserving integer is `ordered` (int32)."""
-    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+def _uniform(streams, positions, out, N, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    stream = tl.load(streams + i, mask=i < N, other=0)
+    position = tl.load(positions + i, mask=i < N, other=0)
+    tl.store(out + i, uniform_number(stream, position), mask=i < N)
 
 
 @triton.jit
@@ -104,8 +104,8 @@ def _sort_blocks(logits, temperature, tops, keys, ids, sums, FIRST, V, BLOCKS, B
     if heat != 0.0:
         key = tl.sort(key, descending=True)
         ordered = (key >> 32).to(tl.int32)
-        scaled = _ordered_logit(ordered).to(tl.float64) / heat
-        largest = _ordered_logit((best >> 32).to(tl.int32)).to(tl.float64) / heat
+        scaled = ordered_logit(ordered).to(tl.float64) / heat
+        largest = ordered_logit((best >> 32).to(tl.int32)).to(tl.float64) / heat
         # Nothing but −∞ in the block: −∞ − −∞ must not become a NaN.
         weight = tl.where(scaled == float("-inf"), 0.0, tl.exp(scaled - largest))
         weight = tl.where(key == GONE, 0.0, weight)
@@ -189,14 +189,14 @@ def _pick(
     top = tl.load(tops + row * BLOCKS + b, mask=b < BLOCKS, other=GONE)
     best = tl.max(top)
     most = best >> 32
-    largest = _ordered_logit(most.to(tl.int32))
+    largest = ordered_logit(most.to(tl.int32))
     heat = tl.load(temperature + FIRST + row).to(tl.float64)
     token = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     if (heat != 0.0) & (largest - largest == 0.0):
         start = (row * BLOCKS + b).to(tl.int64) * BLOCK
         sorted_keys, running = keys + start, sums + start
         peak = largest.to(tl.float64) / heat
-        block_peak = _ordered_logit((top >> 32).to(tl.int32)).to(tl.float64) / heat
+        block_peak = ordered_logit((top >> 32).to(tl.int32)).to(tl.float64) / heat
         real = (b < BLOCKS) & (block_peak > float("-inf"))
         scale = tl.where(real, tl.exp(tl.where(real, block_peak, peak) - peak), 0.0)
 
@@ -209,7 +209,7 @@ def _pick(
             searching = low < high
             value = tl.load(sorted_keys + middle, mask=searching, other=0)
             # Places beyond the vocabulary hold the least of all keys, which is a NaN's.
-            x = _ordered_logit(value)
+            x = ordered_logit(value)
             weight = tl.exp(tl.where(x == x, x, float("-inf")).to(tl.float64) / heat - peak)
             kept = searching & (weight > 0.0) & (weight >= floor)
             high = tl.where(searching & (kept == 0), middle, high)
@@ -240,7 +240,7 @@ def _pick(
             least, above, upto = _find_logit(
                 sorted_keys, running, scale, counts, least, most, target, False, False, WAYS
             )
-            weight = tl.exp(_ordered_logit(least.to(tl.int32)).to(tl.float64) / heat - peak)
+            weight = tl.exp(ordered_logit(least.to(tl.int32)).to(tl.float64) / heat - peak)
             lacking = target - tl.sum(_mass(running, above, scale, real))
             ties = tl.minimum(tl.maximum(tl.ceil(lacking / weight), 1.0), 2147483647.0)
             counts = _with_ties(above, upto, ties.to(tl.int64))
@@ -250,7 +250,7 @@ def _pick(
         least, above, upto = _find_logit(
             sorted_keys, running, scale, counts, least, most, target, False, True, WAYS
         )
-        weight = tl.exp(_ordered_logit(least.to(tl.int32)).to(tl.float64) / heat - peak)
+        weight = tl.exp(ordered_logit(least.to(tl.int32)).to(tl.float64) / heat - peak)
         passed = target - tl.sum(_mass(running, above, scale, real))
         each = upto - above
         chosen = tl.minimum(tl.floor(tl.maximum(passed / weight, 0.0)), 2147483647.0).to(tl.int64)
@@ -272,6 +272,27 @@ def _count_accepted(sampled, drafts, out, N, K, ROWS: tl.constexpr, WIDTH: tl.co
     theirs = tl.load(drafts + row.to(tl.int64)[:, None] * K + k, mask=live, other=0)
     first = tl.min(tl.where(live & (ours != theirs), k, K), axis=1)
     tl.store(out + row, first.to(tl.int64), mask=row < N)
+
+
+@triton.jit
+def _top_of_block(logits, allowed, tops, V, BLOCKS, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key of one block of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * V + i, mask=i < V, other=0.0).to(tl.float32)
+    if MASKED:
+        keep = tl.load(allowed + i, mask=i < V, other=0)
+        x = tl.where(keep != 0, x, float("-inf"))
+    key = tl.where(i < V, descending_key(x, i), GONE)
+    tl.store(tops + row * BLOCKS + tl.program_id(1), tl.max(key))
+
+
+@triton.jit
+def _top_of_row(tops, out, BLOCKS, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, B)
+    best = tl.max(tl.load(tops + row * BLOCKS + b, mask=b < BLOCKS, other=GONE))
+    tl.store(out + row, 0x7FFFFFFF - (best & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -338,7 +359,7 @@ def _row_logprobs(
         best = tl.max(key)
         key = tl.where(key == best, GONE, key)
         tl.store(top + row * COUNT + n, 0x7FFFFFFF - (best & 0x7FFFFFFF))
-        tl.store(top_values + row * COUNT + n, _ordered_logit((best >> 32).to(tl.int32)))
+        tl.store(top_values + row * COUNT + n, ordered_logit((best >> 32).to(tl.int32)))
 
 
 def adjust_logits(
@@ -416,6 +437,22 @@ def count_accepted(sampled: Tensor, drafts: Tensor) -> Tensor:
     return out
 
 
+def likeliest(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """The op `likeliest` (ops/sampling.py)."""
+    count, size = logits.shape
+    out = torch.empty(count, dtype=torch.int64, device=logits.device)
+    if not count:
+        return out
+    logits, blocks = logits.contiguous(), -(-size // TOP_BLOCK)
+    tops = torch.empty(count, blocks, dtype=torch.int64, device=out.device)
+    mask = logits if allowed is None else allowed.view(torch.uint8)
+    _top_of_block[(count, blocks)](
+        logits, mask, tops, size, blocks, MASKED=allowed is not None, BLOCK=TOP_BLOCK, num_warps=4
+    )
+    _top_of_row[(count,)](tops, out, blocks, B=triton.next_power_of_2(blocks), num_warps=1)
+    return out
+
+
 def token_logprobs(
     logits: Tensor, tokens: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -454,5 +491,6 @@ KERNELS = (
     Kernel("uniform", "triton", uniform, _NEEDS),
     Kernel("sample", "triton", sample, _NEEDS),
     Kernel("count_accepted", "triton", count_accepted, _NEEDS),
+    Kernel("likeliest", "triton", likeliest, _NEEDS),
     Kernel("token_logprobs", "triton", token_logprobs, _NEEDS),
 )

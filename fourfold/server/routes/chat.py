@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fourfold.core.errors import FourfoldError
@@ -13,9 +13,11 @@ from fourfold.core.request import FinishReason, Grammar
 from fourfold.server import sse
 from fourfold.server.call import Call
 from fourfold.server.errors import bad_request, failed_answer, from_failure, unsupported
-from fourfold.server.generation import Generation, Job, Piece
+from fourfold.server.generation import Generation, Job, Piece, Usage
+from fourfold.server.reply import deliver
 from fourfold.server.sampling import (
     SamplingFields,
+    StreamOptions,
     expect_fit,
     expect_labels,
     sampling_params,
@@ -35,8 +37,11 @@ from fourfold.text.events import (
     ToolCallStart,
     collect,
 )
+from fourfold.text.grammar import beginning_grammar
 from fourfold.text.parse import TokenParser
 from fourfold.text.prompt import EncodedPrompt, PromptTokens
+
+_BUDGET = "thinking.budget_tokens"
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -70,6 +75,7 @@ class Chat:
     prompt: EncodedPrompt
     tokens: PromptTokens
     grammar: Grammar | None = None
+    thinking_budget: int | None = None  # the most tokens of reasoning
 
     @property
     def top_logprobs(self) -> int | None:
@@ -82,13 +88,15 @@ async def read_chat(call: Call, request: ChatRequest) -> Chat:
     serving = call.serving
     model = serving.expect_model(request.model)
     _expect_supported(request)
+    switches = _switches(request)
+    budget = _take_budget(switches)
     options = ChatOptions(
         serving.profile,
         continue_final_message=_continues(request),
         tools=request.tools,
         tool_choice=request.tool_choice,
         response_format=request.response_format,
-        **_switches(request),
+        **switches,
     )
     size = call.held_bytes
 
@@ -104,7 +112,8 @@ async def read_chat(call: Call, request: ChatRequest) -> Chat:
         return prompt, prompt.tokenize(serving.tokenizer)
 
     prompt, tokens = await serving.tokenising(size, encode)
-    return Chat(request, model, prompt, tokens, await _read_grammar(call, request, prompt))
+    grammar = await _read_grammar(call, request, prompt)
+    return Chat(request, model, prompt, tokens, grammar, budget)
 
 
 async def _read_grammar(call: Call, request: ChatRequest, prompt: EncodedPrompt) -> Grammar | None:
@@ -160,21 +169,39 @@ def _switches(request: ChatRequest) -> dict[str, Any]:
     return switches
 
 
+def _take_budget(switches: dict[str, Any]) -> int | None:
+    """`thinking.budget_tokens`, which the chat format knows nothing of."""
+    thinking = switches.get("thinking")
+    if not isinstance(thinking, dict) or "budget_tokens" not in thinking:
+        return None
+    budget = thinking["budget_tokens"]
+    if not isinstance(budget, int) or isinstance(budget, bool) or not 0 < budget < 2**63:
+        raise bad_request("thinking.budget_tokens must be a positive integer", _BUDGET)
+    if thinking.get("type") == "disabled":
+        raise bad_request("thinking.budget_tokens needs thinking to be enabled", _BUDGET)
+    switches["thinking"] = {k: v for k, v in thinking.items() if k != "budget_tokens"}
+    return budget
+
+
+def _demand(chat: Chat, forced: list[int], end_think: int) -> Grammar | None:
+    """What holds from the end of the reasoning on, and by when it ends."""
+    grammar = chat.grammar
+    if grammar is None and (forced or chat.thinking_budget is not None):
+        grammar = beginning_grammar(forced, end_think)
+    return grammar and replace(grammar, max_free_tokens=chat.thinking_budget)
+
+
 def chat_job(call: Call, chat: Chat) -> Job:
     """How to run it. Raises 400 for what cannot be run."""
     serving, request, prompt = call.serving, chat.request, chat.prompt
     limit = request.max_completion_tokens
     limit = request.max_tokens if limit is None else limit
     params = sampling_params(request, serving.defaults, limit, chat.top_logprobs)
-    forced = tuple(prompt.forced_ids(serving.tokenizer))
+    forced, grammar = prompt.forced_ids(serving.tokenizer), chat.grammar
     expect_fit((*chat.tokens.token_ids, *forced), params, serving.info)
-    end_think = None
-    if forced and prompt.ends_in_reasoning:
-        if params.n > 1:
-            raise unsupported(
-                "n", "above 1 together with tool_choice and thinking is not supported"
-            )
+    if prompt.ends_in_reasoning:
         end_think = serving.tokenizer.special_id(markers.END_THINK)
+        grammar, forced = _demand(chat, forced, end_think), []
     header = chat.tokens.header_position
 
     def parser() -> TokenParser:
@@ -194,10 +221,9 @@ def chat_job(call: Call, chat: Chat) -> Job:
         call.request_id,
         request.cache_salt,
         () if header is None else (header,),
-        forced,
-        end_think,
+        tuple(forced),
         single_call=request.parallel_tool_calls is False,
-        grammar=chat.grammar,
+        grammar=grammar,
     )
 
 
@@ -212,15 +238,7 @@ async def chat_completions(call: Call) -> None:
         job = chat_job(call, chat)
         ticket.wait_with(len(job.prompt))
         generation = Generation(call.serving, job, ticket, call.arrived)
-        reply = _Reply(call, chat, generation)
-        try:
-            if request.stream:
-                usage = options.include_usage, options.continuous_usage_stats
-                await call.stream(reply.events(*usage))
-            else:
-                await call.json(await call.attached(reply.whole()))
-        finally:
-            call.note_usage(generation.usage, generation.first_token, reply.reasons)
+        await deliver(call, _Reply(call, chat, generation, options), request.stream)
 
 
 def _sequences(request: ChatRequest) -> int:
@@ -248,8 +266,10 @@ async def render(call: Call) -> None:
 class _Reply:
     """Turns a generation into a response or its chunks."""
 
-    def __init__(self, call: Call, chat: Chat, generation: Generation) -> None:
-        self._call, self._chat, self._generation = call, chat, generation
+    def __init__(
+        self, call: Call, chat: Chat, generation: Generation, options: StreamOptions
+    ) -> None:
+        self._chat, self._generation, self._options = chat, generation, options
         self._texts = call.serving.texts
         self._head = {
             "id": f"chatcmpl-{call.request_id}",
@@ -257,6 +277,16 @@ class _Reply:
             "model": chat.model,
         }
         self.reasons: list[str] = []
+
+    @property
+    def usage(self) -> Usage:
+        """See `Reply`."""
+        return self._generation.usage
+
+    @property
+    def first_token(self) -> float | None:
+        """See `Reply`."""
+        return self._generation.first_token
 
     async def whole(self) -> dict[str, Any]:
         """The response. Raises what `failed_answer` makes of an answer that failed."""
@@ -292,10 +322,10 @@ class _Reply:
             **self._head,
             "object": "chat.completion",
             "choices": choices,
-            "usage": generation.usage.body(),
+            "usage": self.usage.body(),
         }
 
-    async def events(self, usage: bool, continuous: bool) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The chunks of a stream."""
         generation = self._generation
         fault: Answer | None = None
@@ -304,8 +334,8 @@ class _Reply:
             async with aclosing(generation.pieces()) as pieces:
                 async for piece in pieces:
                     for chunk in self._chunks(piece, piece.index not in begun):
-                        if continuous:
-                            chunk["usage"] = generation.usage.body()
+                        if self._options.continuous_usage_stats:
+                            chunk["usage"] = self.usage.body()
                         yield sse.data(chunk)
                     begun.add(piece.index)
                     answer = generation.answers[piece.index]
@@ -316,8 +346,8 @@ class _Reply:
             if not begun:
                 raise  # nothing has been sent: it can be an ordinary answer
             yield sse.data(from_failure(error).body)
-        if usage:
-            yield sse.data(self._chunk([]) | {"usage": generation.usage.body()})
+        if self._options.include_usage:
+            yield sse.data(self._chunk([]) | {"usage": self.usage.body()})
         yield sse.DONE
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

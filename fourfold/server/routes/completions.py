@@ -16,8 +16,10 @@ from fourfold.server.call import Call
 from fourfold.server.errors import bad_request, failed_answer, from_failure, unsupported
 from fourfold.server.generation import Generation, Job, Piece, Usage, merged
 from fourfold.server.logprobs import CompletionLogprobs, joined
+from fourfold.server.reply import deliver
 from fourfold.server.sampling import (
     SamplingFields,
+    StreamOptions,
     expect_fit,
     expect_labels,
     sampling_params,
@@ -165,16 +167,8 @@ async def completions(call: Call) -> None:
         jobs = completion_jobs(call, request, prompts)
         await call.serving.expect_grammar(jobs[0].grammar, "structured_outputs")
         ticket.wait_with(sum(len(job.prompt) for job in jobs))
-        reply = _Reply(call, request, model, prompts, jobs, ticket)
-        try:
-            if request.stream:
-                usage = options.include_usage, options.continuous_usage_stats
-                await call.stream(reply.events(*usage))
-            else:
-                await call.json(await call.attached(reply.whole()))
-        finally:
-            firsts = [g.first_token for g in reply.generations if g.first_token is not None]
-            call.note_usage(reply.usage, min(firsts, default=None), reply.reasons)
+        reply = _Reply(call, request, model, prompts, jobs, ticket, options)
+        await deliver(call, reply, request.stream)
 
 
 class _Choice:
@@ -200,9 +194,10 @@ class _Reply:
         prompts: Sequence[Prompt],
         jobs: Sequence[Job],
         ticket: Ticket,
+        options: StreamOptions,
     ) -> None:
         serving = call.serving
-        self._request, self._params = request, jobs[0].params
+        self._request, self._params, self._options = request, jobs[0].params, options
         self.generations = [Generation(serving, job, ticket, call.arrived) for job in jobs]
         self._choices = [
             _Choice(serving, prompt) for prompt in prompts for _ in range(self._params.n)
@@ -230,6 +225,11 @@ class _Reply:
         return total
 
     @property
+    def first_token(self) -> float | None:
+        """See `Reply`."""
+        return min((g.first_token for g in self.generations if g.first_token), default=None)
+
+    @property
     def reasons(self) -> list[str]:
         """How the choices ended that have."""
         return [choice.reason for choice in self._choices if choice.reason is not None]
@@ -255,7 +255,7 @@ class _Reply:
             )
         return {**self._head, "choices": choices, "usage": self.usage.body()}
 
-    async def events(self, usage: bool, continuous: bool) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The chunks of a stream."""
         sent, fault = False, None
         try:
@@ -275,7 +275,7 @@ class _Reply:
                         "stop_reason": answer.stop_reason,
                     }
                     chunk = {**self._head, "choices": [choice]}
-                    if continuous:
+                    if self._options.continuous_usage_stats:
                         chunk["usage"] = self.usage.body()
                     sent = True
                     yield sse.data(chunk)
@@ -286,7 +286,7 @@ class _Reply:
             if not sent:
                 raise  # nothing has been sent: it can be an ordinary answer
             yield sse.data(from_failure(error).body)
-        if usage:
+        if self._options.include_usage:
             yield sse.data({**self._head, "choices": [], "usage": self.usage.body()})
         yield sse.DONE
 

@@ -1,25 +1,23 @@
 """POST /v1/messages, Anthropic's API, and POST /v1/messages/count_tokens.
 
-Thinking is off unless the request turns it on, as there; `budget_tokens` is read and has no effect,
-because this model's thinking has levels (`output_config.effort`) and no budget.
+Thinking is off unless the request turns it on, as there. `budget_tokens` ends it after so many tokens if
+the model has not done so; how much it thinks by itself is for `output_config.effort` to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from fourfold.core.errors import FourfoldError
-from fourfold.core.request import FinishReason
 from fourfold.server import sse
 from fourfold.server.call import Call
-from fourfold.server.errors import ApiError, bad_request, failed_answer, from_failure, unsupported
-from fourfold.server.generation import Generation, Usage
+from fourfold.server.errors import ApiError, bad_request, unsupported
+from fourfold.server.generation import Generation
+from fourfold.server.reply import SectionReply, deliver
 from fourfold.server.routes.chat import ChatRequest, chat_job, read_chat
-from fourfold.server.sections import Change, Kind, Section, Sections
+from fourfold.server.sections import Change, Kind, Section
 from fourfold.text.checks import checked_list, checked_object, checked_text, parse_json
 
 _STOP_REASONS = {
@@ -28,6 +26,8 @@ _STOP_REASONS = {
     "abort": "pause_turn",
     "error": "refusal",
 }
+# What is cached is never for the client to say, so that asking for it is harmless.
+_TOOL_FIELDS = ("type", "name", "description", "input_schema", "cache_control")
 _ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -93,11 +93,16 @@ def as_chat(request: CountRequest) -> ChatRequest:
     return chat
 
 
-def _thinking(value: dict[str, Any] | None) -> bool:
+def _thinking(value: dict[str, Any] | None) -> bool | dict[str, Any]:
     kind = "disabled" if value is None else value.get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise bad_request("thinking.type must be enabled, disabled or adaptive", "thinking.type")
-    return kind != "disabled"
+    if kind == "enabled":
+        return dict(value or {})
+    for name in value or {}:
+        if name != "type":
+            raise unsupported(f"thinking.{name[:80]}", f"is not supported where it is {kind}")
+    return kind == "adaptive"
 
 
 def _effort(value: dict[str, Any] | None) -> str | None:
@@ -132,6 +137,9 @@ def _tools(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         kind = tool.get("type")
         if kind not in (None, "custom"):
             raise unsupported(f"tools[{index}].type", "other than custom is not supported")
+        for name, given in tool.items():
+            if given and name not in _TOOL_FIELDS:
+                raise unsupported(f"tools[{index}].{name[:80]}")
         function = {"name": tool.get("name"), "description": tool.get("description")}
         function["parameters"] = tool.get("input_schema")
         tools.append({"type": "function", "function": function})
@@ -222,14 +230,7 @@ async def messages(call: Call) -> None:
         job = chat_job(call, chat)
         ticket.wait_with(len(job.prompt))
         generation = Generation(call.serving, job, ticket, call.arrived)
-        reply = _Reply(call, chat.model, generation)
-        try:
-            if request.stream:
-                await call.stream(reply.events())
-            else:
-                await call.json(await call.attached(reply.whole()))
-        finally:
-            call.note_usage(generation.usage, generation.first_token, reply.reasons)
+        await deliver(call, _Reply(call, chat.model, generation), request.stream)
 
 
 async def count_tokens(call: Call) -> None:
@@ -240,12 +241,11 @@ async def count_tokens(call: Call) -> None:
     await call.json({"input_tokens": len(chat.tokens.token_ids)})
 
 
-class _Reply:
+class _Reply(SectionReply):
     """Turns a generation into a message or its events."""
 
     def __init__(self, call: Call, model: str, generation: Generation) -> None:
-        self._generation = generation
-        self._sections = Sections()
+        super().__init__(generation)
         self._head: dict[str, Any] = {
             "id": f"msg_{call.request_id}",
             "type": "message",
@@ -253,62 +253,43 @@ class _Reply:
             "model": model,
         }
 
-    @property
-    def reasons(self) -> list[str]:
-        """How the answer ended, if it has."""
-        return [self._sections.finish.reason] if self._sections.finish else []
-
-    async def whole(self) -> dict[str, Any]:
-        """The message. Raises what `failed_answer` makes of one that failed."""
-        async with aclosing(self._generation.pieces()) as pieces:
-            async for piece in pieces:
-                self._sections.feed(piece.events)
-        answer = self._generation.answers[0]
-        if answer.reason is FinishReason.ERROR:
-            raise failed_answer(answer.error)
-        content = [_block(section) for section in self._sections.all if section.complete]
+    def body(self) -> dict[str, Any]:
+        """The message."""
+        content = [_block(section) for section in self.sections.all if section.complete]
         return {**self._head, "content": content, **self._end(), "usage": self._usage()}
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
-        started = False
-        try:
-            async with aclosing(self._generation.pieces()) as pieces:
-                async for piece in pieces:
-                    if not started:
-                        started = True
-                        yield self._start()
-                    for change, section, text in self._sections.feed(piece.events):
-                        event = _event(change, section, text)
-                        if change is Change.CLOSED and section.kind is Kind.REASONING:
-                            yield _signature(section)
-                        yield sse.named(str(event["type"]), event)
-            answer = self._generation.answers[0]
-            if answer.reason is FinishReason.ERROR:
-                raise failed_answer(answer.error)
-        except (FourfoldError, ApiError) as error:
-            if not started:
-                raise  # nothing has been sent: it can be an ordinary answer
-            yield sse.named("error", error_body(from_failure(error)))
-            return
+    def begun(self) -> Iterable[bytes]:
+        """See `SectionReply`."""
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
+        message = {**self._head, **empty, "usage": self._usage() | {"output_tokens": 0}}
+        yield sse.named("message_start", {"type": "message_start", "message": message})
+
+    def changed(self, change: Change, section: Section, text: str) -> Iterable[bytes]:
+        """See `SectionReply`."""
+        if change is Change.CLOSED and section.kind is Kind.REASONING:
+            yield _signature(section)
+        event = _event(change, section, text)
+        yield sse.named(str(event["type"]), event)
+
+    def ended(self) -> Iterable[bytes]:
+        """See `SectionReply`."""
         delta = {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
         yield sse.named("message_delta", delta)
         yield sse.named("message_stop", {"type": "message_stop"})
 
-    def _start(self) -> bytes:
-        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-        message = {**self._head, **empty, "usage": self._usage() | {"output_tokens": 0}}
-        return sse.named("message_start", {"type": "message_start", "message": message})
+    def failed(self, error: ApiError) -> Iterable[bytes]:
+        """See `SectionReply`."""
+        yield sse.named("error", error_body(error))
 
     def _end(self) -> dict[str, Any]:
-        finish = self._sections.finish
+        finish = self.sections.finish
         reason = finish.reason if finish else "error"
         stop = finish.stop if finish else None
         name = "stop_sequence" if stop is not None else _STOP_REASONS.get(reason, "end_turn")
         return {"stop_reason": name, "stop_sequence": stop}
 
     def _usage(self) -> dict[str, int]:
-        usage: Usage = self._generation.usage
+        usage = self.usage
         return {
             "input_tokens": usage.prompt - usage.cached,
             "cache_read_input_tokens": usage.cached,

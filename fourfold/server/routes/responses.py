@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from fourfold.core.errors import FourfoldError
-from fourfold.core.request import FinishReason
 from fourfold.server import sse
 from fourfold.server.call import Call
-from fourfold.server.errors import ApiError, bad_request, failed_answer, from_failure, unsupported
+from fourfold.server.errors import ApiError, bad_request, unsupported
 from fourfold.server.generation import Generation
+from fourfold.server.reply import SectionReply, deliver
 from fourfold.server.routes.chat import Chat, ChatRequest, chat_job, read_chat
-from fourfold.server.sections import Change, Kind, Section, Sections
+from fourfold.server.sections import Change, Kind, Section
 from fourfold.text.checks import checked_list, checked_object, checked_text
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -121,7 +119,8 @@ def _tools(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     for index, tool in enumerate(value):
         if tool.get("type") != "function":
             raise unsupported(f"tools[{index}].type", "other than function is not supported")
-    return [{"type": "function", "function": tool} for tool in value]
+    functions = ({k: v for k, v in tool.items() if k != "type"} for tool in value)
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def _choice(value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
@@ -209,25 +208,17 @@ async def responses(call: Call) -> None:
         job = chat_job(call, chat)
         ticket.wait_with(len(job.prompt))
         generation = Generation(call.serving, job, ticket, call.arrived)
-        reply = _Reply(call, request, chat, generation)
-        try:
-            if request.stream:
-                await call.stream(reply.events())
-            else:
-                await call.json(await call.attached(reply.whole()))
-        finally:
-            call.note_usage(generation.usage, generation.first_token, reply.reasons)
+        await deliver(call, _Reply(call, request, chat, generation), request.stream)
 
 
-class _Reply:
+class _Reply(SectionReply):
     """Turns a generation into a response or its events."""
 
     def __init__(
         self, call: Call, request: ResponsesRequest, chat: Chat, generation: Generation
     ) -> None:
-        self._generation, self._id = generation, call.request_id
-        self._sections = Sections()
-        self._number = 0
+        super().__init__(generation)
+        self._id, self._number = call.request_id, 0
         params = generation.job.params
         self._head: dict[str, Any] = {
             "id": f"resp_{call.request_id}",
@@ -250,58 +241,33 @@ class _Reply:
             "user": request.user,
         }
 
-    @property
-    def reasons(self) -> list[str]:
-        """How the answer ended, if it has."""
-        return [self._sections.finish.reason] if self._sections.finish else []
-
-    async def whole(self) -> dict[str, Any]:
-        """The response. Raises what `failed_answer` makes of one that failed."""
-        async with aclosing(self._generation.pieces()) as pieces:
-            async for piece in pieces:
-                self._sections.feed(piece.events)
-        self._expect_answered()
+    def body(self) -> dict[str, Any]:
+        """The response."""
         return self._response(self._status())
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
-        started = False
-        try:
-            async with aclosing(self._generation.pieces()) as pieces:
-                async for piece in pieces:
-                    if not started:
-                        started = True
-                        for name in ("created", "in_progress"):
-                            response = self._response("in_progress")
-                            yield self._event(f"response.{name}", response=response)
-                    for change in self._sections.feed(piece.events):
-                        for event in self._section_events(*change):
-                            yield event
-            self._expect_answered()
-        except (FourfoldError, ApiError) as error:
-            if not started:
-                raise  # nothing has been sent: it can be an ordinary answer
-            failure = from_failure(error)
-            told = {"code": failure.code or "server_error", "message": failure.message}
-            response = self._response("failed") | {"error": told}
-            yield self._event("response.failed", response=response)
-            return
-        status = self._status()
-        yield self._event(f"response.{status}", response=self._response(status))
+    def begun(self) -> Iterable[bytes]:
+        """See `SectionReply`."""
+        for name in ("created", "in_progress"):
+            yield self._event(f"response.{name}", response=self._response("in_progress"))
 
-    def _expect_answered(self) -> None:
-        answer = self._generation.answers[0]
-        if answer.reason is FinishReason.ERROR:
-            raise failed_answer(answer.error)
+    def ended(self) -> Iterable[bytes]:
+        """See `SectionReply`."""
+        yield self._event(f"response.{self._status()}", response=self.body())
+
+    def failed(self, error: ApiError) -> Iterable[bytes]:
+        """See `SectionReply`."""
+        told = {"code": error.code or "server_error", "message": error.message}
+        response = self._response("failed") | {"error": told}
+        yield self._event("response.failed", response=response)
 
     def _status(self) -> str:
-        finish = self._sections.finish
+        finish = self.sections.finish
         return "completed" if finish and finish.reason in ("stop", "tool_calls") else "incomplete"
 
     def _response(self, status: str) -> dict[str, Any]:
         usage, details = None, None
         if status != "in_progress":
-            counts = self._generation.usage
+            counts = self.usage
             usage = {
                 "input_tokens": counts.prompt,
                 "input_tokens_details": {"cached_tokens": counts.cached},
@@ -313,9 +279,9 @@ class _Reply:
                 "total_tokens": counts.prompt + counts.completion,
             }
         if status == "incomplete":
-            reason = self._sections.finish.reason if self._sections.finish else "abort"
+            reason = self.sections.finish.reason if self.sections.finish else "abort"
             details = {"reason": "max_output_tokens" if reason == "length" else reason}
-        output = [self._item(s) for s in self._sections.all] if status != "in_progress" else []
+        output = [self._item(s) for s in self.sections.all] if status != "in_progress" else []
         return {
             **self._head,
             "status": status,
@@ -349,7 +315,8 @@ class _Reply:
             "status": status,
         }
 
-    def _section_events(self, change: Change, section: Section, text: str) -> list[bytes]:
+    def changed(self, change: Change, section: Section, text: str) -> Iterable[bytes]:
+        """See `SectionReply`."""
         item = self._item(section, opened=change is Change.OPENED)
         place = {"item_id": item["id"], "output_index": section.index}
         part = {**place, "content_index": 0}

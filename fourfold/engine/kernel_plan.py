@@ -1,0 +1,51 @@
+"""Which kernel runs each op of a model on a device: the one resolver.
+
+Contract: the engine, ahead-of-time compilation and `fourfold explain` all ask `plan_kernels`, so that what is
+explained or compiled is what runs. Everything a choice follows from is an argument, save what the selftest
+of this machine found out, which is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fourfold import kernels
+from fourfold.core.config import ModelConfig
+from fourfold.core.device import Device
+from fourfold.engine.verdicts import Verdicts, read_verdicts
+from fourfold.ops.catalog import OPS
+from fourfold.ops.registry import Kernel, KernelPlan, Op
+
+
+def _same_op(op: Op) -> Op:
+    return op
+
+
+def _same_kernel(kernel: Kernel) -> Kernel:
+    return kernel
+
+
+def plan_kernels(
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: Device,
+    overrides: Mapping[str, str],
+    *,
+    verdicts: Verdicts | None = None,
+    op_as: Callable[[Op], Op] = _same_op,
+    kernel_as: Callable[[Kernel], Kernel] = _same_kernel,
+) -> tuple[KernelPlan, Verdicts]:
+    """The kernel of every op of `model` in `dtype` on `device`, and what the selftest said of it.
+
+    `overrides` are kernel names by op (`--kernel`); `verdicts` None: those of this machine. `op_as` and
+    `kernel_as` may wrap what runs, which changes no choice. Raises `KernelError`.
+    """
+    known = read_verdicts(device) if verdicts is None else verdicts
+    ops = tuple(map(op_as, OPS))
+    available = tuple(map(kernel_as, kernels.load(device)))
+    plan = KernelPlan.resolve(
+        ops, available, device, model, dtype, dict(overrides), dict(known.failed)
+    )
+    return plan, known

@@ -1,0 +1,1 @@
+"""What `fourfold selftest` checks on the user's machine, without any weights but random ones."""

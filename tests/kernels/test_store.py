@@ -1,0 +1,43 @@
+"""What is compiled ahead is what a launch looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourfold.core.device import ARCHS
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path]:
+    from triton import knobs
+
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        yield tmp_path
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("size", [256, 200])
+def test_a_launch_finds_what_was_compiled_ahead(arch: str, size: int, store: Path) -> None:
+    """Also with an argument of which nothing is known: 200 is not divisible by 16."""
+    from fourfold.kernels.compile import compile_variant
+    from fourfold.kernels.store import counted
+    from fourfold.kernels.targets import stand_in
+    from fourfold.kernels.triton.norm import rms_norm
+    from fourfold.kernels.variants import record
+
+    arguments = (torch.zeros(3, size), torch.zeros(size), 1e-6)
+    with record(ARCHS[arch]) as variants:
+        rms_norm(*arguments)
+    assert all(compile_variant(each, ARCHS[arch]).ok for each in variants)
+    with stand_in(ARCHS[arch]), counted() as counts:
+        rms_norm(*arguments)
+    assert counts.compiled == []
+    assert len(counts.found) == len(variants) == 1
