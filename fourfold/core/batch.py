@@ -292,7 +292,9 @@ def to_device(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
     aligned = 16
     sizes = [part.size for part in parts]
     gaps = [-size % aligned for size in sizes]
-    packed = torch.empty(sum(sizes) + sum(gaps), dtype=torch.int64, pin_memory=device.type == "cuda")
+    packed = torch.empty(
+        sum(sizes) + sum(gaps), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
     numbers, begin = packed.numpy(), 0
     for part, size, gap in zip(parts, sizes, gaps, strict=True):
         numbers[begin : begin + size] = part.ravel()

@@ -27,6 +27,12 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
+def table_width(tokens: int) -> int:
+    """Columns of the block table of sequences of up to `tokens`: a multiple of 16, so that kernels are
+    compiled for one kind of width, however long requests may be."""
+    return -(-pages_for(tokens) // 16) * 16
+
+
 def rows_per_page(ratio: int) -> int:
     """Compressed rows a page of `PAGE_TOKENS` source tokens holds: 64 for CSA, 2 for HCA."""
     return PAGE_TOKENS // ratio

@@ -17,7 +17,7 @@ from fourfold.cache.rows import RowFormats, page_bytes, row_formats, slot_bytes
 from fourfold.core.config import EngineConfig, ModelConfig
 from fourfold.core.errors import CapacityError
 from fourfold.core.request import MAX_STOP_TOKENS
-from fourfold.core.row_format import DTYPE_BYTES, PAGE_TOKENS, pages_for
+from fourfold.core.row_format import DTYPE_BYTES, PAGE_TOKENS, pages_for, table_width
 
 _LEAST_CONTEXT = 4 * PAGE_TOKENS  # the table's first row
 _LEAST_WORKSPACE = 512 << 20  # op bodies compute scores in tiles, libraries keep scratch
@@ -106,7 +106,7 @@ def table_bytes(drafts: int, longest: int) -> int:
     64-bit integers: the last token and drafts; length, fold version, end, random stream, top_k; stop
     tokens; pages. Then three sampling parameters in float32, and whether it is alive.
     """
-    integers = (1 + drafts) + 5 + (1 + MAX_STOP_TOKENS) + pages_for(longest)
+    integers = (1 + drafts) + 5 + (1 + MAX_STOP_TOKENS) + table_width(longest)
     return 8 * integers + 3 * 4 + 1
 
 

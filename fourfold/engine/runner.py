@@ -32,7 +32,7 @@ from fourfold.core.batch import (
     to_device,
 )
 from fourfold.core.request import TokenLogprobs
-from fourfold.core.row_format import pages_for
+from fourfold.core.row_format import table_width
 from fourfold.core.state import ModelState
 from fourfold.engine.graphs import DecodeGraphs
 from fourfold.engine.sampler import (
@@ -123,7 +123,7 @@ class Runner:
         self.slots = SlotTable(
             num_slots,
             num_drafts,
-            pages_for(max_model_len),
+            table_width(max_model_len),
             (config.hc_mult, config.hidden_size),
             model.embed.table.dtype,
             device,

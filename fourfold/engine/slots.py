@@ -30,7 +30,6 @@ from fourfold.ops.sampling import random_streams
 from fourfold.ops.step import Columns, Seats, StepLayout
 
 MAX_STOPS = MAX_STOP_TOKENS + 1  # the end-of-sequence token too
-_ROW = 16  # a block table's row: kernels are compiled for whole ones, however long requests may be
 MAX_TOP_K = 1 << 31  # no vocabulary is larger
 
 
@@ -66,7 +65,7 @@ class SlotTable:
             lengths=integers(),
             version=integers(),
             alive=torch.zeros(num_slots, dtype=torch.bool, device=device),
-            block_table=torch.full((num_slots, _ROW * -(-width // _ROW)), -1, device=device),
+            block_table=torch.full((num_slots, width), -1, device=device),
             # Images hold them, the MTP layer resumes on them.
             streams=torch.zeros(num_slots, *streams, dtype=dtype, device=device),
             ends=integers(),

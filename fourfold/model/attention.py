@@ -181,6 +181,7 @@ class Attention:
             c.sliding_window,
             self.ratio,
         )
+        del q  # half a GiB in a prompt's step
         ops.store_rows(state.ring, own, batch.ring_slots)
         note(f"{self.name}.attended", attended)
         grouped = ops.wo_a(attended, self.wo_a, batch.positions, self.inv_freq)

@@ -38,14 +38,11 @@ def kernels() -> dict[str, Kernel]:
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """By both kernels, in parts so small that a row is several of them."""
-    from fourfold.kernels.triton import choice, sampling
+    """In blocks so small that a row is several of them."""
+    from fourfold.kernels.triton import sampling
 
     with poisoned():
-        by_blocks = sampling.sample(logits, rows, block=32)
-        by_cells = choice.sample(logits, rows, part=64, listed=256)
-    assert torch.equal(by_blocks, by_cells)
-    return by_cells
+        return sampling.sample(logits, rows, block=32)
 
 
 @interpreted
@@ -95,51 +92,6 @@ def test_takes_the_bodys_token(kind: str) -> None:
 
 
 @interpreted
-def test_a_place_that_is_in_no_list_is_found_in_the_row() -> None:
-    """Lists of 32 tokens, and more that are equal."""
-    from fourfold.kernels.triton import choice
-
-    logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(9)).round()
-    rows = SamplingRows(
-        torch.tensor([0.7, 5.0]), torch.tensor([0.93, 0.93]), torch.tensor([0, 85]),
-        torch.tensor([0.0, 0.01]), torch.tensor([1 - 2**-53, 0.6]).double(),
-    )  # fmt: skip
-    expected = interpreter.body("sample")(logits, rows)
-    with poisoned():
-        got = choice.sample(logits, rows, part=64, listed=32)
-    assert torch.equal(got, expected)
-
-
-@interpreted
-@pytest.mark.parametrize("listed", [256, 512])
-def test_estimates_that_are_wrong_are_noticed(listed: int) -> None:
-    """All tokens at one end of their cells, so that masses are estimated too small or too large by more
-    than allowed for, and places just before and behind the end of a group: in no list, or in one that is
-    too long. Logits rise with the token's number, so that a list cut short lacks the first."""
-    from fourfold.kernels.triton import choice
-
-    size, groups = 900, []
-    rise = torch.linspace(0, 1e-4, 300)
-    for offset in torch.linspace(-1.0, -0.99, 40).tolist():
-        logits = torch.cat([torch.tensor([0.0]), rise + offset, rise + offset - 0.3])
-        logits = torch.cat([logits, torch.full((size - len(logits),), -4.0)])
-        end = float(-(offset + 1e-4) * 255.5 / -logits.mean()) % 1.0
-        groups.append((end, logits))
-    early, late = min(groups, key=lambda g: g[0])[1], max(groups, key=lambda g: g[0])[1]
-    for logits in (early, late):
-        mass = logits.double().exp()
-        reached = float(mass[logits > -1.1].sum() / mass.sum())
-        numbers = torch.tensor([reached - 1e-4, reached + 1e-4, 0.5]).double()
-        ones = torch.ones(3)
-        rows = SamplingRows(ones, ones, torch.zeros(3).long(), torch.zeros(3), numbers)
-        several = logits.expand(3, -1).contiguous()
-        expected = interpreter.body("sample")(several, rows)
-        with poisoned():
-            got = choice.sample(several, rows, part=256, listed=listed)
-        assert torch.equal(got, expected)
-
-
-@interpreted
 def test_the_first_and_the_last_token_of_the_order() -> None:
     """Numbers 0 and just under 1; tokens that cannot be picked stay unpicked."""
     logits = torch.tensor([[1.0, 3.0, 3.0, -math.inf, 2.0]]).repeat(6, 1)
@@ -169,7 +121,7 @@ def test_rows_that_are_not_finite_give_what_a_sort_puts_first() -> None:
 
 @interpreted
 def test_a_row_does_not_depend_on_the_others() -> None:
-    from fourfold.kernels.triton import choice, sampling
+    from fourfold.kernels.triton import sampling
 
     generator = torch.Generator().manual_seed(6)
     logits, rows = torch.randn(5, 100, generator=generator), parameters(5, generator)
@@ -178,7 +130,6 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         each = SamplingRows(*(getattr(rows, f)[i : i + 1] for f in rows.__dataclass_fields__))
         assert torch.equal(sample(logits[i : i + 1], each), whole[i : i + 1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "ROW_TILE", 2)
         patch.setattr(sampling, "ROW_TILE", 2)
         assert torch.equal(sample(logits, rows), whole)
 

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.core.device import Feature
-from fourfold.kernels.triton.choice import GONE, ordered_logit
 from fourfold.kernels.triton.routing import descending_key
 from fourfold.ops.registry import Kernel
 from fourfold.ops.sampling import Adjustments, SamplingRows
@@ -34,6 +33,15 @@ ROW_TILE = 64  # rows sorted at once: 28 bytes a token and row of workspace
 TOP_BLOCK = 2048  # tokens of which one program finds the likeliest
 LOGPROB_BLOCK = 4096
 MOST_LOGPROBS = 64  # alternatives a token; more go the body's way
+
+
+GONE = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def ordered_logit(ordered):
+    """The float32 whose order-preserving integer is `ordered` (int32)."""
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 
 @triton.jit
