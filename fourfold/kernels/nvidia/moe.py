@@ -259,10 +259,7 @@ def _product(
 
 @gluon.jit
 def _tile_of(tiles, TT: gl.constexpr):
-    """This program's expert, first place and end, and the places of its columns in two layouts.
-
-    Tiles and order are older than the kernel ahead of this one: they need no waiting.
-    """
+    """This program's expert, first place and end, and the places of its columns in two layouts."""
     expert = gl.load(tiles + gl.program_id(1) * 3)
     first = gl.load(tiles + gl.program_id(1) * 3 + 1)
     end = gl.load(tiles + gl.program_id(1) * 3 + 2)
@@ -278,8 +275,12 @@ def _fp4_gate_up(
     w1, w1_scale, w3, w3_scale, x, x_scale, order, weights, tiles, hidden, TURNS, INNER_TILES, LIMIT,
     TOPK: gl.constexpr, TT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """hidden[place, n] of one tile of an expert's tokens and 32 of its inner features."""
-    expert, first, end, place, place_flat = _tile_of(tiles, TT)
+    """hidden[place, n] of one tile of an expert's tokens and 32 of its inner features.
+
+    For few tokens the kernel ahead is the one that sorts: which weights to read is not known before.
+    """
+    sorted_ = after_previous(gl.to_tensor(0))
+    expert, first, end, place, place_flat = _tile_of(tiles + sorted_, TT)
     if expert >= 0:
         row = gl.load(order + place, mask=place < end, other=0) // TOPK
         row_flat = gl.load(order + place_flat, mask=place_flat < end, other=0) // TOPK
@@ -305,8 +306,6 @@ def _fp4_gate_up(
             value.to(hidden.dtype.element_ty),
             mask=(t < end)[None, :] & (n < INNER_TILES * 32)[:, None],
         )  # fmt: skip
-    else:
-        after_previous(expert)
 
 
 @gluon.jit(do_not_specialize=["TURNS", "D_TILES"])
@@ -314,7 +313,10 @@ def _fp4_down(
     w2, w2_scale, x, x_scale, order, tiles, result, TURNS, D_TILES,
     TT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """result[slot, n] of one tile of an expert's tokens and 64 output features."""
+    """result[slot, n] of one tile of an expert's tokens and 64 output features.
+
+    Tiles and order are older than the kernel ahead, which rounds: they need no waiting.
+    """
     expert, first, end, place, place_flat = _tile_of(tiles, TT)
     if expert >= 0:
         # A tile's two halves are the first and the second 32 of its features.

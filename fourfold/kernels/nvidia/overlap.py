@@ -3,7 +3,7 @@
 Contract: a kernel launched with `launch_pdl=True` may start while the one before it in the stream still
 runs. Every program of it calls `after_previous` before it reads what that kernel writes, and before it
 writes at all. Weights may be read earlier, and so may what is older than the kernel ahead, if that one
-was launched in the ordinary way.
+was launched in the ordinary way or lets this one start only behind its own wait.
 """
 
 from __future__ import annotations
