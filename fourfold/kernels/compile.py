@@ -132,7 +132,8 @@ def resources(binary: Any) -> Resources:
     return _amd_resources(binary.metadata, binary.asm["amdgcn"])
 
 
-def _binary(variant: Variant, arch: Arch) -> Any:
+def binary(variant: Variant, arch: Arch) -> Any:
+    """What Triton makes of a variant, from its cache where it is there. Raises what the compiler does."""
     function = variant.function
     # Gluon's functions are traced by another front end.
     front = GluonASTSource if function.is_gluon() else ASTSource
@@ -157,7 +158,7 @@ def compile_variant(variant: Variant, arch: Arch) -> Compiled:
     with knobs.compilation.scope():
         knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
         try:
-            binary = _binary(variant, arch)
+            binary = binary(variant, arch)
         except _COMPILER_ERRORS as error:
             took = time.perf_counter() - began
             return Compiled(variant, arch.name, took, error=_reason(error))
@@ -175,7 +176,7 @@ def compile_here(variants: Iterable[Variant], arch: Arch, threads: int) -> int:
 
     def one(variant: Variant) -> None:
         with contextlib.suppress(*_COMPILER_ERRORS):
-            _binary(variant, arch)
+            binary(variant, arch)
 
     with counted() as counts, ThreadPoolExecutor(threads) as pool:
         list(pool.map(one, variants))
