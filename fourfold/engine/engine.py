@@ -31,6 +31,7 @@ from fourfold.core.request import NOT_FINITE, FinishReason, Request, RequestOutp
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.capacity import Capacity, engine_row_formats
 from fourfold.engine.graphs import DecodeGraphs, capture_sizes
+from fourfold.engine.kernel_plan import ops_that_read_the_host
 from fourfold.engine.loading import LoadedModel
 from fourfold.engine.masks import MaskMaker, TokenMask
 from fourfold.engine.memory import plan_memory
@@ -136,7 +137,7 @@ class Engine:
             return ()
         if self.config.enforce_eager:
             return ("decode steps are not captured: --enforce-eager",)
-        blocking = self.loaded.kernel_plan.reads_host
+        blocking = ops_that_read_the_host(self.loaded.kernel_plan, self.loaded.has_plain_experts)
         if blocking:
             return (f"decode steps are not captured: no kernel for {', '.join(blocking)}",)
         sizes = capture_sizes(self.config.max_num_seqs)

@@ -24,7 +24,7 @@ from fourfold.core.parameters import EXPERT_ROLES, ParamSpec, Storage, parameter
 from fourfold.core.tensor import accumulate_dtype, dtype_name, named_dtype
 from fourfold.engine.compile import released
 from fourfold.engine.explain_buffers import buffers, stored_as
-from fourfold.engine.kernel_plan import plan_kernels
+from fourfold.engine.kernel_plan import ops_that_read_the_host, plan_kernels
 from fourfold.engine.loading import LoadedModel
 from fourfold.engine.verdicts import Verdicts
 from fourfold.ops.registry import BODY, KernelPlan
@@ -111,7 +111,7 @@ def _explanation(
         "forced": dict(engine.kernels),
         "kernels": [_choice(plan, number) for number in range(len(plan.choices))],
         "bit_equality": _bit_equality(plan, model.resolution),
-        "graphs": _graphs(plan, engine, device.arch),
+        "graphs": _graphs(plan, engine, device.arch, model.resolution),
         "fp8": _fp8(device.arch),
         "buffers": buffers(model.config, engine, dtype, plan, model.resolution),
         "quantisation": list(model.resolution.lines()),
@@ -131,13 +131,15 @@ def _choice(plan: KernelPlan, number: int) -> dict[str, Any]:
     }
 
 
+def _has_plain_experts(resolution: Resolution) -> bool:
+    decided = resolution.decisions.items()
+    return any(one.scheme == PLAIN for (_, role), one in decided if role in EXPERT_ROLES)
+
+
 def _bit_equality(plan: KernelPlan, resolution: Resolution) -> dict[str, Any]:
     """Whether a request gets the same bits alone, in a batch, and however its prompt is cut."""
     broken = [choice.op for choice in plan.choices if not choice.batch_invariant]
-    experts = (
-        one.scheme for (_, role), one in resolution.decisions.items() if role in EXPERT_ROLES
-    )
-    if "routed_experts" not in broken and PLAIN in experts:
+    if "routed_experts" not in broken and _has_plain_experts(resolution):
         broken.append("routed_experts")  # its kernels leave plain experts to the definition
     if not broken:
         why = "every op has a kernel, or a definition, whose result for a token has the same bits "
@@ -148,14 +150,17 @@ def _bit_equality(plan: KernelPlan, resolution: Resolution) -> dict[str, Any]:
     return {"holds": not broken, "reason": why, "not_by": broken}
 
 
-def _graphs(plan: KernelPlan, engine: EngineConfig, arch: Arch) -> dict[str, Any]:
+def _graphs(
+    plan: KernelPlan, engine: EngineConfig, arch: Arch, resolution: Resolution
+) -> dict[str, Any]:
     """Whether decode steps are captured."""
     if Feature.TRITON not in arch.features:
         return {"captured": False, "reason": "there are no graphs on a CPU"}
     if engine.enforce_eager:
         return {"captured": False, "reason": "--enforce-eager"}
-    if plan.reads_host:
-        names = ", ".join(plan.reads_host)
+    blocking = ops_that_read_the_host(plan, _has_plain_experts(resolution))
+    if blocking:
+        names = ", ".join(blocking)
         return {"captured": False, "reason": f"no kernel for {names}"}
     return {"captured": True, "reason": "no op of a step reads the host"}
 

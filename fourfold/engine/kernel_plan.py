@@ -49,3 +49,11 @@ def plan_kernels(
         ops, available, device, model, dtype, dict(overrides), dict(known.failed)
     )
     return plan, known
+
+
+def ops_that_read_the_host(plan: KernelPlan, plain_experts: bool) -> tuple[str, ...]:
+    """Ops of a step that keep it from being captured; kernels leave plain experts to the definition."""
+    experts = "routed_experts"
+    if plain_experts and experts not in plan.reads_host:
+        return (*plan.reads_host, experts)
+    return plan.reads_host

@@ -51,6 +51,12 @@ class LoadedModel:
     verdicts: Verdicts = field(default_factory=Verdicts)  # of the selftest on this machine
     weights: Mapping[str, Weight] = field(default_factory=dict)  # the model's parameters
 
+    @property
+    def has_plain_experts(self) -> bool:
+        """Whether a routed expert is stored unquantised."""
+        experts = (spec.name for spec in parameters(self.config) if spec.role in EXPERT_ROLES)
+        return any(isinstance(self.weights.get(name), torch.Tensor) for name in experts)
+
 
 def load_model(
     location: ModelLocation, config: EngineConfig, device: Device, progress: Progress | None = None

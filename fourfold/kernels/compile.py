@@ -132,7 +132,7 @@ def resources(binary: Any) -> Resources:
     return _amd_resources(binary.metadata, binary.asm["amdgcn"])
 
 
-def binary(variant: Variant, arch: Arch) -> Any:
+def compiled_binary(variant: Variant, arch: Arch) -> Any:
     """What Triton makes of a variant, from its cache where it is there. Raises what the compiler does."""
     function = variant.function
     # Gluon's functions are traced by another front end.
@@ -158,7 +158,7 @@ def compile_variant(variant: Variant, arch: Arch) -> Compiled:
     with knobs.compilation.scope():
         knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
         try:
-            binary = binary(variant, arch)
+            binary = compiled_binary(variant, arch)
         except _COMPILER_ERRORS as error:
             took = time.perf_counter() - began
             return Compiled(variant, arch.name, took, error=_reason(error))
@@ -176,7 +176,7 @@ def compile_here(variants: Iterable[Variant], arch: Arch, threads: int) -> int:
 
     def one(variant: Variant) -> None:
         with contextlib.suppress(*_COMPILER_ERRORS):
-            binary(variant, arch)
+            compiled_binary(variant, arch)
 
     with counted() as counts, ThreadPoolExecutor(threads) as pool:
         list(pool.map(one, variants))

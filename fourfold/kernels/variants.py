@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -163,17 +164,23 @@ _NOT_COMPILED = _NotCompiled()
 
 
 def entry_points(module: str) -> dict[str, JITFunction[Any]]:
-    """The functions of a module that are launched: no other function there calls them."""
-    scope = vars(importlib.import_module(module))
-    own = {
-        name: value
-        for name, value in scope.items()
-        if isinstance(value, JITFunction) and value.__module__ == module
-    }
+    """The functions of a module that are launched: no other function, here or in the kernels' modules
+    that were imported, calls them."""
+    own = _functions(module)
+    modules = [name for name in sys.modules if name.startswith(__package__ + ".")]
+    callers = [function for name in modules for function in _functions(name).values()]
     called = {
         name
-        for name in own
-        for other in own.values()
-        if other is not own[name] and re.search(rf"\b{name}\(", other.src)
+        for name, function in own.items()
+        if any(other is not function and re.search(rf"\b{name}\(", other.src) for other in callers)
     }
     return {name: value for name, value in own.items() if name not in called}
+
+
+def _functions(module: str) -> dict[str, JITFunction[Any]]:
+    """The device functions that a module defines."""
+    return {
+        name: value
+        for name, value in vars(importlib.import_module(module)).items()
+        if isinstance(value, JITFunction) and value.__module__ == module
+    }

@@ -116,7 +116,13 @@ def test_ctrl_c_in_a_process_of_its_own(web: Site) -> None:
     web.says("</think>", "\n\n" + "word " * 500)
     command = [sys.executable, "-m", "fourfold", "chat", "--url", f"http://127.0.0.1:{web.port}"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT) as process:
+
+    def heed_signals() -> None:  # where these tests run in the background, they were told not to
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT, preexec_fn=heed_signals
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"hi\n")

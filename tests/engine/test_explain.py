@@ -23,6 +23,7 @@ from fourfold.core.tensor import QuantTensor
 from fourfold.engine import loading
 from fourfold.engine.capacity import engine_row_formats
 from fourfold.engine.compile import Collector, released, subject_of_geometry
+from fourfold.engine.engine import Engine
 from fourfold.engine.explain import (
     chosen_kernels,
     explain_model,
@@ -109,6 +110,24 @@ def test_what_is_explained_is_what_an_engine_chooses(target: str, geometry: str)
     assert explanation["dtype"] == str(dtype).removeprefix("torch.")
     captured = explanation["graphs"]["captured"]
     assert captured is (plan.reads_host == () and target != "cpu")
+
+
+def test_plain_experts_are_neither_captured_nor_equal_in_every_batch(tmp_path: Path) -> None:
+    """Kernels leave them to the definition, which reads the host: engine and explain both say so."""
+    pytest.importorskip("triton")
+    write_checkpoint(tmp_path / "plain", "tiny", weights="bf16")
+    model = model_of_checkpoint(locate(str(tmp_path / "plain")), ENGINE)
+    explanation = explain_model(model, target_device("sm_90"), ENGINE)
+    assert explanation["graphs"]["captured"] is False
+    assert "routed_experts" in explanation["graphs"]["reason"]
+    assert explanation["bit_equality"]["not_by"] == ["routed_experts"]
+    config = EngineConfig(str(tmp_path / "plain"), max_num_seqs=2, max_model_len=512)
+    loaded = load_model(locate(config.model), config, detect("cpu"))
+    on_gpu = replace(loaded, device=Device(ARCHS["sm_90"], torch.device("meta"), "GPU"))
+    engine = Engine(loaded, config)
+    engine.loaded = on_gpu
+    assert "no kernel for" in engine._capture()[0]
+    assert "routed_experts" in engine._capture()[0]
 
 
 def test_an_engine_here_runs_what_is_explained(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def flattened(signature: tuple[tuple[str, Any], ...]) -> Iterator[tuple[str, str
 
 @pytest.mark.slow
 def test_nothing_but_weights_is_read_before_the_wait() -> None:
-    from fourfold.kernels.compile import binary
+    from fourfold.kernels.compile import compiled_binary
 
     subject = subject_of_geometry("flash")
     engine = EngineConfig(
@@ -133,7 +133,7 @@ def test_nothing_but_weights_is_read_before_the_wait() -> None:
         if not dict(variant.options).get("launch_pdl"):
             continue
         arguments = list(flattened(variant.signature))
-        ptx = binary(variant, ARCHS["sm_90"]).asm["ptx"]
+        ptx = compiled_binary(variant, ARCHS["sm_90"]).asm["ptx"]
         assert "griddepcontrol.wait" in ptx, f"{variant.name} is launched early and never waits"
         checked.add(variant.name)
         allowed = WEIGHTS | OLDER.get(variant.name, set())
