@@ -200,7 +200,7 @@ def _rows_cases(make: CaseMaker) -> Iterator[Case]:
 
 @op(
     _rows_cases,
-    composite=True,
+    parts=("compress", "norm_rope_rows", "store_rows", "store_folds"),
     writes=("pages", "folds"),
     tolerance=Tolerance(float32=5e-5),
 )

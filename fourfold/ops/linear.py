@@ -65,7 +65,7 @@ def _linears_cases(make: CaseMaker) -> Iterator[Case]:
         )
 
 
-@op(_linears_cases, composite=True)
+@op(_linears_cases, parts=("linear",))
 def linears(
     ops: Any, x: Tensor, weights: tuple[Weight, ...], unrounded: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
@@ -80,7 +80,7 @@ def _norm_linears_cases(make: CaseMaker) -> Iterator[Case]:
         yield Case(case.name, {**case.arguments, "norm": norm, "eps": 1e-6})
 
 
-@op(_norm_linears_cases, composite=True)
+@op(_norm_linears_cases, parts=("rms_norm", "linears"))
 def norm_linears(
     ops: Any,
     x: Tensor,

@@ -128,7 +128,7 @@ def _post_pre_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("4x48", {**_post_arguments(make, 4, 48), "site": _site(make, 4, 48)})
 
 
-@op(_post_pre_cases, composite=True, tolerance=Tolerance(float32=3e-5))
+@op(_post_pre_cases, parts=("hc_post", "hc_pre"), tolerance=Tolerance(float32=3e-5))
 def hc_post_pre(
     ops: Any, z: Tensor, streams: Tensor, post: Tensor, comb: Tensor, site: Site
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

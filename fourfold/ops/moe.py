@@ -93,7 +93,7 @@ def _shared_cases(make: CaseMaker) -> Iterator[Case]:
         )
 
 
-@op(_shared_cases, composite=True, tolerance=Tolerance(float32=2e-5))
+@op(_shared_cases, parts=("linear",), tolerance=Tolerance(float32=2e-5))
 def shared_expert(
     ops: Any, gate: Tensor, up: Tensor, w2: Weight, limit: float, dtype: torch.dtype
 ) -> Tensor:
@@ -169,7 +169,7 @@ def _moe_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("7 tokens", arguments)
 
 
-@op(_moe_cases, composite=True, tolerance=Tolerance(float32=2e-5))
+@op(_moe_cases, parts=("routed_experts",), tolerance=Tolerance(float32=2e-5))
 def moe(
     ops: Any,
     y: Tensor,

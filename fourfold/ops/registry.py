@@ -76,7 +76,9 @@ class Tolerance:
 class Op:
     """An operation of the model. Calling it runs the body.
 
-    `writes` names the arguments the op changes in place; every other op is pure. `differentiable`
+    `writes` names the arguments the op changes in place; every other op is pure. `parts` are the ops
+    that the body of a composite op calls: where one of them is forced to a kernel, no kernel for the
+    whole takes its place. `differentiable`
     says that autograd through the body is meaningful, `reads_host` that the body reads numbers back
     from the device, so that a step that runs it cannot be captured, `batch_invariant` that a token's
     result has the same bits in every batch: the body copies, or works on each element by itself. Beside
@@ -88,10 +90,15 @@ class Op:
     cases: Callable[[CaseMaker], Iterator[Case]]
     tolerance: Tolerance
     writes: tuple[str, ...] = ()
-    composite: bool = False
+    parts: tuple[str, ...] = ()
     differentiable: bool = True
     reads_host: bool = False
     batch_invariant: bool = False
+
+    @property
+    def composite(self) -> bool:
+        """Whether the body takes the plan first and calls other ops through it."""
+        return bool(self.parts)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(*args, **kwargs)
@@ -102,7 +109,7 @@ def op(
     *,
     tolerance: Tolerance | None = None,
     writes: tuple[str, ...] = (),
-    composite: bool = False,
+    parts: tuple[str, ...] = (),
     differentiable: bool = True,
     reads_host: bool = False,
     batch_invariant: bool = False,
@@ -116,10 +123,10 @@ def op(
             cases=cases,
             tolerance=tolerance or Tolerance(),
             writes=writes,
-            composite=composite,
+            parts=parts,
             differentiable=differentiable,
             reads_host=reads_host,
-            batch_invariant=batch_invariant or composite,
+            batch_invariant=batch_invariant or bool(parts),
         )
 
     return declare
@@ -236,6 +243,8 @@ class KernelPlan:
             ]
             if each.name in forced:
                 kernel, choice = _forced(each, candidates, forced[each.name])
+            elif part := next((part for part in _parts(each, ops) if part in forced), None):
+                kernel, choice = _in_parts(each, candidates, part)
             else:
                 kernel, choice = _choose(each, candidates, device)
             if kernel:
@@ -285,6 +294,19 @@ def _forced(op: Op, candidates: Sequence[_Candidate], wanted: str) -> tuple[Kern
         reason += f", although it {found.failure}"
     kernel = found.kernel
     return kernel, Choice(op.name, wanted, reason, (), others, kernel.batch_invariant)
+
+
+def _parts(op: Op, ops: Sequence[Op]) -> Iterator[str]:
+    """The parts of an op and theirs."""
+    for part in op.parts:
+        yield part
+        yield from _parts(next(each for each in ops if each.name == part), ops)
+
+
+def _in_parts(op: Op, candidates: Sequence[_Candidate], part: str) -> tuple[None, Choice]:
+    why = f"its part {part} is forced by --kernel"
+    rejected = tuple((c.name, c.standing or why) for c in candidates)
+    return None, Choice(op.name, BODY, why, rejected, (), op.batch_invariant)
 
 
 def _choose(

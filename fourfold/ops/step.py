@@ -247,7 +247,7 @@ def _place_cases(make: CaseMaker) -> Iterator[Case]:
 
 @op(
     _place_cases,
-    composite=True,
+    parts=("uniform",),
     tolerance=Tolerance(float32=0.0, bfloat16=0.0),
     differentiable=False,
     batch_invariant=True,
@@ -313,7 +313,7 @@ def _settle_cases(make: CaseMaker) -> Iterator[Case]:
 
 @op(
     _settle_cases,
-    composite=True,
+    parts=("count_accepted",),
     writes=("columns",),
     tolerance=Tolerance(float32=0.0, bfloat16=0.0),
     differentiable=False,

@@ -30,7 +30,7 @@ from fourfold.engine.compile import (
 )
 from fourfold.kernels.compile import Compiled, compile_variant
 from fourfold.kernels.targets import read_assembly
-from fourfold.kernels.variants import Variant, entry_points
+from fourfold.kernels.variants import DIVISIBLE, Variant, entry_points
 from tests.kernels.launches import TARGETS, kernels_of, recorded
 
 pytestmark = pytest.mark.full
@@ -39,8 +39,10 @@ CACHE = Path(__file__).resolve().parents[2] / "build" / "kernels"
 IN_FULL = ("sm_90", "gfx942")
 NAMES = [arch.name for arch in TARGETS]
 OP_NAMES = [op.name for op in OPS]
-# A thread's spilt registers and local arrays; more costs more than what it is spilt for.
-MOST_SCRATCH = 512
+# A thread's spilt registers and local arrays, in bytes; more costs more than what it is spilt for. Where
+# nothing is known to be divisible loads are single bytes, each with an address: that no released shape asks
+# for, and it may be slow.
+MOST_SCRATCH, MOST_SCRATCH_UNALIGNED = 512, 4096
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +92,18 @@ def mostly_known(variants: Sequence[Variant]) -> list[Variant]:
     return list(dict.fromkeys([*(v.divisible(True) for v in variants), *unknown.values()]))
 
 
+def most_scratch(variant: Variant) -> int:
+    known = any(DIVISIBLE in facts for _, facts in variant.known)
+    return MOST_SCRATCH if known else MOST_SCRATCH_UNALIGNED
+
+
 def assert_compiled(variants: Sequence[Variant], arch: Arch) -> list[Compiled]:
     results = [compile_variant(variant, arch) for variant in variants]
     faults = [f"{r.variant.name}: {r.error}\n  {r.variant.describe()}" for r in results if not r.ok]
     faults += [
         f"{r.variant.name}: {r.resources.scratch} bytes of scratch\n  {r.variant.describe()}"
         for r in results
-        if r.resources and r.resources.scratch > MOST_SCRATCH
+        if r.resources and r.resources.scratch > most_scratch(r.variant)
     ]
     assert not faults, f"{arch.name}:\n" + "\n".join(faults)
     return results

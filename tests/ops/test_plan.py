@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import CodeType
+
 import pytest
 import torch
 
@@ -85,6 +87,34 @@ def test_a_composite_reaches_kernels_for_its_parts() -> None:
     case = next(iter(op.cases(CaseMaker.seeded(torch.float32))))
     plan.hc_post_pre(**case.arguments)
     assert seen == ["part"]
+
+
+def test_a_forced_part_is_not_hidden_by_a_kernel_for_the_whole() -> None:
+    """Nor by one for a whole of which that whole is a part."""
+    whole = [Kernel(name, "fused", lambda *a, **k: None) for name in ("linears", "norm_linears")]
+    part = Kernel("linear", "own", lambda *a, **k: None)
+    assert chosen(resolve("sm_90", *whole, part)) >= {"linears=fused", "norm_linears=fused"}
+    plan = resolve("sm_90", *whole, part, linear="own")
+    assert chosen(plan) >= {"linear=own", "linears=body", "norm_linears=body"}
+    reasons = {c.op: c.reason for c in plan.choices}
+    assert reasons["norm_linears"] == "its part linear is forced by --kernel"
+    both = resolve("sm_90", *whole, part, linear="own", linears="fused")
+    assert chosen(both) >= {"linear=own", "linears=fused", "norm_linears=body"}
+
+
+def test_parts_are_what_a_body_calls() -> None:
+    known = {each.name for each in OPS}
+    for op in (each for each in OPS if each.composite):
+        assert known.intersection(names_in(op.body.__code__)) == {*op.parts}, op.name
+
+
+def names_in(code: CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names}.union(*map(names_in, inner))
+
+
+def chosen(plan: KernelPlan) -> set[str]:
+    return {f"{c.op}={c.kernel}" for c in plan.choices}
 
 
 def test_a_cpu_loads_no_triton() -> None:
