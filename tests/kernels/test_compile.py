@@ -42,7 +42,7 @@ OP_NAMES = [op.name for op in OPS]
 # A thread's spilt registers and local arrays, in bytes; more costs more than what it is spilt for. Where
 # nothing is known to be divisible loads are single bytes, each with an address: that no released shape asks
 # for, and it may be slow.
-MOST_SCRATCH, MOST_SCRATCH_UNALIGNED = 512, 4096
+MOST_SCRATCH, MOST_SCRATCH_UNALIGNED = 576, 4096
 
 
 @pytest.fixture(autouse=True)
