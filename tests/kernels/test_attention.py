@@ -50,10 +50,18 @@ def kernel() -> Any:
 def test_equals_the_body() -> None:
     from fourfold.kernels.triton.attention import KERNELS
 
+    compact = next(k for k in KERNELS if k.name == "triton")
+    assert_equals_body(compact, [torch.bfloat16])
+    assert_equals_body(replace(compact, run=partial(kernel(), split=True)), [torch.float32])
+
+
+@interpreted
+@pytest.mark.slow
+def test_every_form_equals_the_body() -> None:
+    from fourfold.kernels.triton.attention import KERNELS
+
     for each in KERNELS:
         assert_equals_body(each, [torch.bfloat16])
-    compact = next(k for k in KERNELS if k.name == "triton")
-    assert_equals_body(replace(compact, run=partial(kernel(), split=True)), [torch.float32])
 
 
 RATIOS = {"window": 0, "CSA": 4, "HCA": 128}
