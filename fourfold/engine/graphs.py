@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.sequence import Run
-from fourfold.engine.steplayout import StepLayout
+from fourfold.ops.step import StepLayout
 
 if TYPE_CHECKING:
     from fourfold.engine.runner import Finished, Placed, Runner

@@ -13,8 +13,6 @@ import torch
 from fourfold.engine.sequence import Run
 from fourfold.ops.step import Key, StepLayout
 
-__all__ = ["Layouts", "StepLayout"]
-
 
 class Layouts:
     """Makes `StepLayout`s, and keeps the last one."""
