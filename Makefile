@@ -6,7 +6,7 @@ SYSTEM_TORCH ?=
 # What to install otherwise. An exact version, so that an unpinned request cannot pull in several GB
 # of GPU libraries by surprise; on a machine with a GPU use SYSTEM_TORCH=1 or TORCH='torch>=2.11'.
 TORCH ?= torch==2.13.0
-# Further arguments for pytest: make test ARGS='-k rope -x'
+# Further arguments for pytest (make test ARGS='-k rope -x') or for the demo's server.
 ARGS ?=
 
 VENV := .venv
@@ -16,8 +16,7 @@ PYTEST := $(PY) -m pytest -n auto --dist worksteal
 READY := $(VENV)/.ready
 comma := ,
 # Parts of pyproject.toml to install; what was installed once stays.
-EXTRAS := dev,peers$(if $(filter test-all,$(MAKECMDGOALS)),$(comma)evals)
-DEMO := build/demo
+EXTRAS := dev,peers$(if $(filter test-all,$(MAKECMDGOALS)),$(comma)evals$(comma)train)
 
 # The choices named by the user this time; the others stay as they were when .venv was made.
 NAMED := $(foreach v,PYTHON SYSTEM_TORCH TORCH,$(if $(filter command environment,$(firstword $(origin $v))),$v))
@@ -26,10 +25,10 @@ NAMED := $(foreach v,PYTHON SYSTEM_TORCH TORCH,$(if $(filter command environment
 .PHONY: help demo test test-all check bench clean force
 
 help:
-	@echo "make demo       write a tiny synthetic checkpoint, load it, generate from it (CPU, no download of weights)"
+	@echo "make demo       a tour in a minute: the built-in model behind the real server (CPU, nothing to download)"
 	@echo "make check      lint, formatting, types, house rules and the fast tests: before every commit"
 	@echo "make test       the tests, parity with transformers included (under 10 minutes on 2 cores)"
-	@echo "make test-all   every test that needs no GPU; installs lm_eval too (about 500 MB)"
+	@echo "make test-all   every test that needs no GPU; installs lm_eval and matplotlib too (about 550 MB)"
 	@echo "make bench      measure generation on a tiny synthetic checkpoint; prints JSON lines"
 	@echo "make clean      remove what these targets made, .venv included"
 	@echo
@@ -37,7 +36,7 @@ help:
 	@echo "  PYTHON=python3.12       the interpreter to build .venv from (3.11 or newer; now: $(PYTHON))"
 	@echo "  SYSTEM_TORCH=1          keep the torch and triton installed for PYTHON; never replaces them"
 	@echo "  TORCH='torch>=2.11'     the torch to install when SYSTEM_TORCH is not set (now: $(TORCH))"
-	@echo "  ARGS='-k name -x'       more arguments for pytest"
+	@echo "  ARGS='-k name -x'       more arguments for pytest, or for the demo's server (ARGS='--device cpu')"
 
 $(READY): pyproject.toml tools/setup_venv.py
 	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --ready $(READY) --extras $(EXTRAS) \
@@ -50,16 +49,7 @@ endif
 force:
 
 demo: $(READY)
-	@echo "== 1. Write a tiny checkpoint in DeepSeek-V4's on-disk format (random weights, FP4 experts, FP8 linears)"
-	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(PY) -m fourfold synth $(DEMO)/tiny --geometry tiny --weights native --seed 1
-	@echo
-	@echo "== 2. Load it on the CPU and continue two prompts in one batch"
-	@echo "   The weights are random, so the text is noise: what is shown is the way from files to tokens."
-	$(PY) -m fourfold generate $(DEMO)/tiny --prompt "The capital of France is" --prompt "你好，世界" \
-	    --max-tokens 32 --seed 1
-	@echo
-	@echo "== Done. The checkpoint stays in $(DEMO)/tiny; 'make test' proves the arithmetic."
+	@$(PY) examples/tour.py $(ARGS)
 
 test: $(READY)
 	$(PYTEST) -m "not gpu and not slow" $(ARGS)
@@ -81,4 +71,4 @@ bench: $(READY)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find fourfold tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fourfold tests bench tools train examples -name __pycache__ -type d -prune -exec rm -rf {} +

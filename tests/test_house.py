@@ -46,6 +46,7 @@ HOUSE: dict[str, tuple[set[str], set[str]]] = {
     "server": (FRONT | {"text", "server"}, SERVING),
     "cli": (ROOF | {"llm", "cli"}, ENGINE_ROOM | {"click", "tqdm"}),
     "llm": (ROOF | {"llm"}, ENGINE_ROOM | {"tqdm"}),
+    "assets": (set(), set()),  # a checkpoint's files, nothing that is imported
     "__main__": ({"cli"}, set()),
     "__init__": ({"llm", "core.request", "core.errors"}, set()),
 }

@@ -3,14 +3,16 @@
 python -m train run --out DIR --minutes 8 [--resume FILE]
 python -m train export --weights FILE --tokenizer DIR --out DIR
 python -m train convert --model DIR --out DIR
-python -m train evaluate --model DIR --count 200
+python -m train evaluate --model DIR --count 200 --results FILE
+python -m train flavours --model DIR --out DIR --count 50
+python -m train compare ANSWERS ANSWERS
 """
 
 from __future__ import annotations
 
+import gc
 import json
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import torch
 from train import files
 from train.data.encode import Encoder
 from train.data.mixture import Mixture
-from train.evaluate import FAR_LENGTHS, answering, ask, cases
+from train.evaluate import FAR_LENGTHS, Case, cases, measure, read_answers, write_answers
 from train.export import convert, export
+from train.flavours import FLAVOURS, PLAIN, answers_of, compare, load, table, write_results
 from train.geometry import nano_config, small_config
 from train.run import Options, run
 from train.schedule import Schedule
@@ -112,41 +115,137 @@ def tokenizer_command(out: Path, seed: int) -> None:
     write_tokenizer(out, config["vocab_size"], config["max_position_embeddings"], seed)
 
 
+def _asked(count: int, far_count: str, lengths: str, only: Sequence[str]) -> list[tuple[Case, int]]:
+    """Cases and how many questions of each. Raises `UsageError`."""
+    far = [int(part) for part in lengths.split(",") if part]
+    counts = [int(part) for part in far_count.split(",")]
+    counts = counts * len(far) if len(counts) == 1 else counts
+    if len(counts) != len(far):
+        raise click.UsageError(f"--far-count has {len(counts)} numbers for {len(far)} lengths")
+    at = dict(zip(far, counts, strict=True))
+    found = [(case, at[case.length] if case.length else count) for case in cases(far)]
+    unknown = set(only) - {case.name for case, _ in found}
+    if unknown:
+        raise click.UsageError(f"--only {', '.join(sorted(unknown))}: no such case")
+    return [(case, n) for case, n in found if n and (not only or case.name in only)]
+
+
+def _questions_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What evaluate and flavours ask."""
+    for option in (
+        click.option("--seed", default=0, show_default=True),
+        click.option("--only", multiple=True, help="A case's name; again. All by default."),
+        click.option("--lengths", default=",".join(map(str, FAR_LENGTHS)), show_default=True),
+        click.option(
+            "--far-count",
+            default="20",
+            show_default=True,
+            help="At each distance, or at all of them.",
+        ),
+        click.option("--count", default=200, show_default=True, help="Questions a skill."),
+        click.option("--device", default="auto", show_default=True),
+        click.option(
+            "--set", "settings", multiple=True, help="NAME=JSON, an argument of LLM; again."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    return {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
 @main.command("evaluate")
 @click.option("--model", required=True)
-@click.option("--count", default=200, show_default=True, help="Questions a skill.")
-@click.option("--far-count", default=20, show_default=True, help="Questions at each distance.")
-@click.option("--lengths", default=",".join(map(str, FAR_LENGTHS)), show_default=True)
-@click.option("--only", multiple=True, help="A case's name; may be given again. All by default.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--set", "settings", multiple=True, help="NAME=JSON, an argument of LLM; again.")
+@click.option("--drafts", type=click.IntRange(0, 3), default=1, show_default=True)
+@click.option("--results", type=_DIRECTORY, help="Where scores go, one JSON document.")
 @click.option("--answers", type=_DIRECTORY, help="Where every answer goes, a JSON object a line.")
+@_questions_options
 def evaluate_command(
     model: str,
+    drafts: int,
+    results: Path | None,
+    answers: Path | None,
     count: int,
-    far_count: int,
+    far_count: str,
     lengths: str,
     only: tuple[str, ...],
     device: str,
     seed: int,
     settings: tuple[str, ...],
-    answers: Path | None,
 ) -> None:
     """Score a checkpoint through the engine."""
     from fourfold import LLM
 
-    pairs = (setting.partition("=") for setting in settings)
-    llm = LLM(model, device=device, **{name: json.loads(value) for name, _, value in pairs})
+    wanted = _asked(count, far_count, lengths, only)
+    drafted = {"method": "mtp", "num_speculative_tokens": drafts} if drafts else None
+    llm = LLM(model, device=device, **{"speculative_config": drafted, **_settings(settings)})
     mixture = Mixture(Encoder(llm.get_tokenizer()))
-    wanted = cases([int(part) for part in lengths.split(",") if part])
-    with answers.open("w", encoding="utf-8") if answers else nullcontext() as file:
+    scores = []
+    for case, number in wanted:
+        score, found = measure(llm, mixture, case, number, seed)
+        scores.append(score.to_json())
+        click.echo(json.dumps(scores[-1]))
+        if results:
+            write_results(results, scores)
+        if answers:
+            write_answers(answers, found)
+
+
+@main.command("flavours")
+@click.option("--model", type=_DIRECTORY, required=True)
+@click.option("--out", type=_DIRECTORY, required=True, help="Answers and results go here.")
+@click.option("--workspace", type=_DIRECTORY, help="Where converted checkpoints are.  [--out]")
+@click.option(
+    "--flavour",
+    "names",
+    multiple=True,
+    type=click.Choice([each.name for each in FLAVOURS]),
+    help="Again; all by default.",
+)
+@_questions_options
+def flavours_command(
+    model: Path,
+    out: Path,
+    workspace: Path | None,
+    names: tuple[str, ...],
+    count: int,
+    far_count: str,
+    lengths: str,
+    only: tuple[str, ...],
+    device: str,
+    seed: int,
+    settings: tuple[str, ...],
+) -> None:
+    """Ask the same questions of a checkpoint run in many ways, and compare with the plain one."""
+    wanted = _asked(count, far_count, lengths, only)
+    out.mkdir(parents=True, exist_ok=True)
+    for flavour in FLAVOURS:
+        if names and flavour.name not in names:
+            continue
+        llm = load(flavour, model, workspace or out, device=device, **_settings(settings))
+        file = out / f"{flavour.name}.jsonl"
+        file.unlink(missing_ok=True)
+        scores = []
         for case in wanted:
-            if only and case.name not in only:
-                continue
-            number = far_count if case.length else count
-            found = ask(mixture, case, number, answering(llm), seed)
-            right = sum(each.right for each in found) / len(found)
-            click.echo(json.dumps({"case": case.name, "count": number, "right": right}))
-            if file is not None:
-                file.writelines(json.dumps(asdict(each)) + "\n" for each in found)
+            for score, found in answers_of(flavour, llm, [case], seed):
+                scores.append(score.to_json())
+                write_answers(file, found)
+                write_results(out / f"{flavour.name}.json", scores)
+        del llm  # its memory is the next one's
+        gc.collect()
+        if flavour.name != PLAIN and (out / f"{PLAIN}.jsonl").exists():
+            _show(flavour.name, out / f"{PLAIN}.jsonl", file)
+
+
+@main.command("compare")
+@click.argument("one", type=_DIRECTORY)
+@click.argument("other", type=_DIRECTORY)
+def compare_command(one: Path, other: Path) -> None:
+    """Set two files of answers side by side."""
+    _show(other.stem, one, other)
+
+
+def _show(name: str, one: Path, other: Path) -> None:
+    click.echo(table(name, compare(read_answers(one), read_answers(other))))

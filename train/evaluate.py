@@ -2,14 +2,17 @@
 
 Contract: `cases` names what is asked; `questions` gives a case's items from a seed; `score` compares an
 answer's token ids with what the item says: content word for word, calls and JSON by value, and the
-answer must have ended. Answers come from any callable, or from `fourfold.LLM`.
+answer must have ended. Answers come from any callable, or from `fourfold.LLM`, all items of a case in
+one batch; `measure` tells what the engine counted meanwhile. It does not know what is compared with what.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ from train.data.mixture import SKILLS, Mixture
 
 if TYPE_CHECKING:
     from fourfold import LLM
+    from fourfold.core.client import EngineStats
 
 Answer = Callable[[Sequence[Sequence[int]], Sequence[int]], Sequence[Sequence[int]]]
 """(prompts, most tokens of each answer) → the answers' token ids, their end included."""
@@ -108,6 +112,41 @@ class Answered:
     right: bool
 
 
+@dataclass(frozen=True)
+class Score:
+    """What came of a case's questions: `right` of `count` answers, and the engine's counts: tokens of
+    prompts, those of them found in the prefix cache, tokens of answers, first drafts made and accepted,
+    steps and seconds."""
+
+    case: str
+    count: int
+    right: int
+    prompt_tokens: int
+    cached_tokens: int
+    answer_tokens: int
+    drafted: int
+    accepted: int
+    steps: int
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        """Of right answers."""
+        return self.right / self.count
+
+    @property
+    def acceptance(self) -> float | None:
+        """Of first drafts; None where none were made."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def to_json(self) -> dict[str, Any]:
+        """One object of a results file."""
+        rounded = {"seconds": round(self.seconds, 2), "share": round(self.share, 4)}
+        drafts = self.acceptance
+        accepted = {"acceptance": None if drafts is None else round(drafts, 4)}
+        return asdict(self) | rounded | accepted
+
+
 def ask(mixture: Mixture, case: Case, count: int, answer: Answer, seed: int = 0) -> list[Answered]:
     """Answers to `count` of a case's questions."""
     encoder, items = mixture.encoder, questions(mixture, case, count, seed)
@@ -118,6 +157,52 @@ def ask(mixture: Mixture, case: Case, count: int, answer: Answer, seed: int = 0)
         Answered(case.name, n, tuple(ids), score(item, ids, encoder.tokenizer))
         for n, (item, ids) in enumerate(zip(items, answers, strict=True))
     ]
+
+
+def measure(
+    llm: LLM, mixture: Mixture, case: Case, count: int, seed: int = 0, times: int = 1
+) -> tuple[Score, list[Answered]]:
+    """The score of a case's questions, asked `times` times one after another; what counts is the last.
+
+    `llm` is a loaded model with whose tokenizer `mixture` encodes.
+    """
+    for _ in range(times):
+        before, begun = llm.stats(), time.monotonic()
+        found = ask(mixture, case, count, answering(llm), seed)
+        seconds, after = time.monotonic() - begun, llm.stats()
+    right = sum(each.right for each in found)
+    return _score(case.name, len(found), right, before, after, seconds), found
+
+
+def _score(
+    name: str, count: int, right: int, before: EngineStats, after: EngineStats, seconds: float
+) -> Score:
+    return Score(
+        name,
+        count,
+        right,
+        after.prompt_tokens - before.prompt_tokens,
+        after.cached_tokens - before.cached_tokens,
+        after.generation_tokens - before.generation_tokens,
+        sum(after.drafted[:1]) - sum(before.drafted[:1]),
+        sum(after.accepted[:1]) - sum(before.accepted[:1]),
+        after.num_steps - before.num_steps,
+        seconds,
+    )
+
+
+def write_answers(path: Path, answers: Sequence[Answered]) -> None:
+    """Add answers to a file, a JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(each)) + "\n" for each in answers)
+
+
+def read_answers(path: Path) -> Iterator[Answered]:
+    """What `write_answers` wrote."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            data = json.loads(line)
+            yield Answered(data["case"], data["number"], tuple(data["ids"]), data["right"])
 
 
 def evaluate(

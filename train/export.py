@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from fourfold.core.config import ModelConfig
 from fourfold.core.parameters import Storage, parameters
 from fourfold.core.tensor import QuantScheme, QuantTensor, Weight
 from fourfold.ops.quantize import decode_e8m0
+from fourfold.text.profiles import ENCODER_FILE, ChatProfile, Effort, effort_prefix
 from fourfold.weights.geometry import with_storage
 from fourfold.weights.index import INDEX_FILE
 from fourfold.weights.layout import FORMATS, StoredTensor, WeightFormat, checkpoint_layout
@@ -63,7 +65,10 @@ def export(
     _write(directory / "generation_config.json", _generation(model))
     index = {"metadata": {"total_size": layout.total_size}, "weight_map": layout.weight_map()}
     _write(directory / INDEX_FILE, index)
-    return sum(file.stat().st_size for file in directory.iterdir())
+    encoder = directory / ENCODER_FILE
+    encoder.parent.mkdir()
+    encoder.write_text(_encoder(), encoding="utf-8")
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,28 @@ def _generation(config: ModelConfig) -> dict[str, Any]:
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": 1.0,
+        # Its answers are right or wrong: the likeliest one, unless a request asks for another.
+        "do_sample": False,
         "transformers_version": "4.46.3",
     }
+
+
+def _encoder() -> str:
+    """Where a checkpoint says which of the two prompt formats is its own; read, and never run."""
+    text = effort_prefix(ChatProfile.PREVIEW, Effort.MAX)
+    parts = (
+        part
+        for line in text.splitlines(keepends=True)
+        for part in textwrap.wrap(
+            line, 88, drop_whitespace=False, replace_whitespace=False, expand_tabs=False
+        )
+    )
+    lines = "".join(f"    {json.dumps(part)}\n" for part in parts)
+    return (
+        '"""The prompts of this checkpoint are those of the preview: of all efforts, max alone has a '
+        'text."""\n\n'
+        f"REASONING_EFFORT_MAX = (\n{lines})\n"
+    )
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:

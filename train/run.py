@@ -136,7 +136,9 @@ def _train(options: Options, trainer: Trainer, mixture: Mixture, first: int, log
     """From step `first`; the step reached."""
     schedule, begun = options.schedule, time.monotonic()
     numbers = range(first, schedule.steps)
-    jobs = [(n, schedule.at(n).rows, schedule.at(n).length) for n in numbers]
+    kinds = [schedule.at(n) for n in numbers]
+    drills = [schedule.drill_at(n) for n in numbers]
+    jobs = [(n, k.rows, k.length, d) for n, k, d in zip(numbers, kinds, drills, strict=True)]
     rows = supply(options.out, options.seed, jobs, options.workers)
     perform, clock = _Steps(trainer), _Clock(begun)
     trainer.bias_rate.fill_(_BIAS_RATE)

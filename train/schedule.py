@@ -3,11 +3,12 @@
 Contract: everything follows from the step's number and the number of steps, so that a run in pieces is
 the run in one, but for a warm-up after each start.
 
-    progress   0 .... 0.12 ............ 0.4 ................ 0.75 .......... 1
+    progress   0 .... 0.12 ........................ 0.7 ....... 0.85 ........... 1
     rows       2048   2048, every third step 8192 or 16384
     indexer    watches, at every length chooses the rows
-    rounding   none                                          FP4, FP8
-    rate       full until 0.5, then down to 2 % along a cosine
+    rounding   none                                             FP4, FP8
+    drill      half until 0.06, then a tenth: texts to repeat (train/data/repeat.py)
+    rate       full until 0.7, then down to 2 % along a cosine
 
 An indexer learns from attention over all rows first, long texts included: once it chooses, attention
 shows it nothing of rows that it leaves out.
@@ -22,10 +23,11 @@ from train.step import Mode
 
 SHORT = 2048
 LONG = (8192, 16384)
+DRILL, DRILL_UNTIL, DRILL_AFTER = 0.5, 0.06, 0.1
 LONG_FROM = 0.12
-SPARSE_FROM = 0.4
-QUANTISED_FROM = 0.75
-DECAY_FROM = 0.5
+SPARSE_FROM = 0.7
+QUANTISED_FROM = 0.85
+DECAY_FROM = 0.7
 FINAL_RATE = 0.02
 WARM_UP = 60  # steps after each start
 
@@ -59,6 +61,10 @@ class Schedule:
         # Long rows cost more memory: half as many tokens.
         tokens = self.tokens if length == self.short else self.tokens // 2
         return Step(max(1, tokens // length), length, mode)
+
+    def drill_at(self, step: int) -> float:
+        """The share of texts to repeat."""
+        return DRILL if step / self.steps < DRILL_UNTIL else DRILL_AFTER
 
     def rate_at(self, step: int, since_start: int) -> float:
         """The learning rate, `since_start` steps after this process began."""

@@ -17,7 +17,7 @@ from fourfold.text.tokenizer import Tokenizer
 from train.data.encode import Encoder
 from train.data.mixture import Mixture, Rows
 
-Job = tuple[int, int, int]  # step, rows, length
+Job = tuple[int, int, int, float]  # step, rows, length, share of the drill
 _AHEAD = 3  # steps a worker has in hand or done
 _PATIENCE = 120.0  # seconds without a row
 
@@ -49,7 +49,7 @@ def supply(directory: Path, seed: int, jobs: Sequence[Job], workers: int) -> Ite
         todo.put(job)
     ready: dict[int, Rows] = {}
     try:
-        for step, _, _ in jobs:
+        for step, *_ in jobs:
             while step not in ready:
                 number, rows = _next(done)
                 ready[number] = rows

@@ -12,6 +12,7 @@ from fourfold.cli.group import same_spelling
 from fourfold.cli.options import CACHE_DTYPES, cache_dtype_of, kernel_overrides
 from fourfold.core.config import MODEL_DTYPES, CacheConfig, EngineConfig
 from fourfold.core.errors import ConfigError
+from fourfold.weights.locate import DEFAULT_MODEL, locate
 
 if TYPE_CHECKING:
     from fourfold.core.device import Arch
@@ -67,15 +68,16 @@ def compile_(
 ) -> None:
     """Compile every kernel that a model needs on a target, and say what each takes there.
 
-    Needs no GPU. Exit status 1 if a kernel does not compile or needs more than the target has.
+    MODEL is a directory, org/name[@revision], or nano, the built-in model; nano if left out. Needs no
+    GPU. Exit status 1 if a kernel does not compile or needs more than the target has.
     """
     from fourfold.cli.progress import Progress
     from fourfold.engine import compile_report
 
-    if (model is None) == (geometry is None):
-        raise ConfigError("give either MODEL or --geometry: what to compile for")
+    if model is not None and geometry is not None:
+        raise ConfigError("give either MODEL or --geometry, not both")
     engine = EngineConfig(
-        model=model or str(geometry),
+        model=geometry or model or DEFAULT_MODEL,
         dtype=dtype,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -86,7 +88,7 @@ def compile_(
             index_cache_dtype=cache_dtype_of(index_cache_dtype),
         ),
     )
-    subject = _subject(model, geometry, engine)
+    subject = _subject(geometry, engine)
     reports = []
     for arch in _archs(targets):
         reports.append(
@@ -107,15 +109,14 @@ def compile_(
         context.exit(1)
 
 
-def _subject(model: str | None, geometry: str | None, engine: EngineConfig) -> Subject:
+def _subject(geometry: str | None, engine: EngineConfig) -> Subject:
     from fourfold.core.tensor import named_dtype
     from fourfold.engine.compile import subject_of_checkpoint, subject_of_geometry
-    from fourfold.weights.locate import locate
 
     if geometry is not None:
         dtype = None if engine.dtype == "auto" else named_dtype(engine.dtype)
         return subject_of_geometry(geometry, dtype)
-    return subject_of_checkpoint(locate(str(model)), engine)
+    return subject_of_checkpoint(locate(engine.model), engine)
 
 
 def _archs(targets: tuple[str, ...]) -> list[Arch]:

@@ -10,6 +10,7 @@ from fourfold.cli.group import same_spelling
 from fourfold.cli.options import CACHE_DTYPES, cache_dtype_of, kernel_overrides
 from fourfold.core.config import EXPERT_DTYPES, MODEL_DTYPES, CacheConfig, EngineConfig
 from fourfold.core.errors import ConfigError
+from fourfold.weights.locate import DEFAULT_MODEL, locate
 
 _CACHE_CHOICE = click.Choice([same_spelling(name) for name in CACHE_DTYPES])
 
@@ -19,7 +20,7 @@ _CACHE_CHOICE = click.Choice([same_spelling(name) for name in CACHE_DTYPES])
 @click.option(
     "--geometry",
     type=click.Choice(["tiny", "flash", "flash-base", "pro"]),
-    help="A released model instead of MODEL; no files are needed.  [default: flash]",
+    help="A released model instead of MODEL; no files are needed.",
 )
 @click.option(
     "--target",
@@ -56,17 +57,17 @@ def explain(
     """Say what would run on a device, and why: the kernel of every op and those rejected, the format
     of every buffer, which rule decided how each tensor is stored.
 
-    Loads nothing and needs no GPU. It asks what the engine asks, so what it says is what runs; a
+    MODEL is a directory, org/name[@revision], or nano, the built-in model; nano if left out. Loads
+    nothing and needs no GPU. It asks what the engine asks, so what it says is what runs; a
     running server says the same at GET /explain.
     """
     from fourfold.engine import explain as engine_explain
     from fourfold.engine.explain_text import tensor_line, text
-    from fourfold.weights.locate import locate
 
     if model is not None and geometry is not None:
         raise ConfigError("give either MODEL or --geometry, not both")
     engine = EngineConfig(
-        model=model or geometry or "flash",
+        model=geometry or model or DEFAULT_MODEL,
         dtype=dtype,
         expert_dtype=expert_dtype.replace("-", "_"),
         num_speculative_tokens=num_speculative_tokens,
@@ -77,10 +78,10 @@ def explain(
             index_cache_dtype=cache_dtype_of(index_cache_dtype),
         ),
     )
-    if model is None:
-        explained = engine_explain.model_of_geometry(engine.model)
+    if geometry is not None:
+        explained = engine_explain.model_of_geometry(geometry)
     else:
-        explained = engine_explain.model_of_checkpoint(locate(model), engine)
+        explained = engine_explain.model_of_checkpoint(locate(engine.model), engine)
     told = [
         engine_explain.explain_model(explained, engine_explain.target_device(name), engine)
         for name in targets or (None,)

@@ -39,7 +39,10 @@ def generate(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Continue prompts, batched together, and print the text as it comes."""
+    """Continue prompts, batched together, and print the text as it comes.
+
+    MODEL is a directory, org/name[@revision], or nano, the built-in model; nano if left out.
+    """
     from fourfold.llm import LLM
 
     params = SamplingParams(

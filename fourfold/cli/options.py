@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from fourfold.cli.group import same_spelling
 from fourfold.core.config import EXPERT_DTYPES, MODEL_DTYPES
 from fourfold.core.errors import ConfigError
+from fourfold.weights.locate import DEFAULT_MODEL, MODEL_FORMS
 
 CACHE_DTYPE_ALIASES = {"bf16": "bfloat16", "fp8_e4m3": "fp8", "fp8_ds_mla": "fp8"}
 CACHE_DTYPES = ("auto", "fp8", "bfloat16", "float32", "float64", *CACHE_DTYPE_ALIASES)
@@ -66,7 +67,7 @@ engine_options = stacked(
             "--model-path",
             "model_flag",
             metavar="MODEL",
-            help="Same as the argument.",
+            help=f"Same as the argument: {MODEL_FORMS}.  [default: {DEFAULT_MODEL}]",
         ),
         click.option(
             "--device",
@@ -231,12 +232,12 @@ engine_options = stacked(
 
 def llm_arguments(flags: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What `LLM` is made of, from parsed flags; says once which flags change nothing."""
-    model = flags["model_argument"] or flags["model_flag"]
-    if not model:
-        raise ConfigError("MODEL is missing: a checkpoint directory or org/name[@revision]")
+    model = flags["model_argument"]
     source = click.get_current_context().get_parameter_source("model_flag")
-    if flags["model_argument"] and source is ParameterSource.COMMANDLINE:
+    if model is not None and source is ParameterSource.COMMANDLINE:
         raise ConfigError("MODEL was given twice: as an argument and with --model")
+    if model is None:
+        model = DEFAULT_MODEL if flags["model_flag"] is None else flags["model_flag"]
     for name in _PARALLEL:
         if (flags[name] or 1) > 1:
             raise ConfigError(f"--{same_spelling(name)} above 1 is not supported yet")

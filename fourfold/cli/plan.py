@@ -15,6 +15,7 @@ from fourfold.cli.options import CACHE_DTYPES, cache_dtype_of
 from fourfold.core.config import EXPERT_DTYPES, MODEL_DTYPES, CacheConfig, EngineConfig
 from fourfold.core.errors import ConfigError
 from fourfold.core.gpus import parse_gpus
+from fourfold.weights.locate import DEFAULT_MODEL, locate
 
 if TYPE_CHECKING:
     from fourfold.core.gpus import Gpu
@@ -26,7 +27,7 @@ _FIRST_FAULTS = 3
 
 
 @click.command()
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="[MODEL]", default=DEFAULT_MODEL)
 @click.option(
     "--gpus",
     multiple=True,
@@ -77,10 +78,10 @@ def plan(
 ) -> None:
     """Say what a model's memory goes to and what fits, from config.json and headers alone.
 
-    MODEL is a directory, org/name[@revision], or a released geometry that needs no files: flash,
-    flash-base, pro or tiny. For each way to split it over the GPUs: bytes of weights a rank, what does
-    not divide and why, how many requests fit; then the recommended command line. Needs no GPU. Exit
-    status 1 if it fits on none of the GPUs asked for.
+    MODEL is a directory, org/name[@revision], a released geometry that needs no files (flash,
+    flash-base, pro or tiny), or nano, the built-in model; nano if left out. For each way to split it
+    over the GPUs: bytes of weights a rank, what does not divide and why, how many requests fit; then
+    the recommended command line. Needs no GPU. Exit status 1 if it fits on none of the GPUs asked for.
     """
     from fourfold.engine import planning
 
@@ -128,7 +129,6 @@ def _subject(
 ) -> tuple[Subject, str]:
     """What to plan for, and where that was read. A directory goes before a geometry of its name."""
     from fourfold.engine.planning import subject_of_checkpoint, subject_of_geometry
-    from fourfold.weights.locate import locate
 
     if model in _GEOMETRIES and not Path(model).is_dir():
         return subject_of_geometry(model, layers, weights, wanted.dtype), "the released geometry"

@@ -16,6 +16,7 @@ from fourfold.cli.options import engine_options, llm_arguments, say_no_effect, s
 from fourfold.cli.progress import LoadReport
 from fourfold.core.errors import ConfigError
 from fourfold.core.log import LOG_FORMATS, Log
+from fourfold.weights.locate import locate
 
 if TYPE_CHECKING:
     from fourfold.server.serving import Serving
@@ -103,7 +104,10 @@ server_options = stacked(
 @engine_options
 @server_options
 def serve(**flags: Any) -> None:
-    """Serve MODEL over HTTP, with OpenAI's API."""
+    """Serve MODEL over HTTP, with OpenAI's API.
+
+    MODEL is a directory, org/name[@revision], or nano, the built-in model; nano if left out.
+    """
     from fourfold.core.config import EngineConfig
     from fourfold.engine.client import ProcessEngineClient
     from fourfold.engine.watchdog import WatchdogLimits
@@ -112,7 +116,6 @@ def serve(**flags: Any) -> None:
     from fourfold.server.run import bind, run
     from fourfold.server.serving import Serving
     from fourfold.text.generation import read_generation_defaults
-    from fourfold.weights.locate import locate
 
     log = Log(flags["log_format"])
     settings = _settings(flags)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fourfold.core.findings import Finding, Severity, exit_status
+from fourfold.weights.locate import DEFAULT_MODEL, ModelLocation, locate, model_directory
 
 if TYPE_CHECKING:
     from fourfold.cli.verify_text import TextCheck
-    from fourfold.weights.locate import ModelLocation
     from fourfold.weights.verify import Verification
 
 _FEWEST_FOLDED = 4  # findings of one kind and file that become one
@@ -24,7 +24,7 @@ _VERDICTS = ("clean", "warnings", "errors")
 
 
 @click.command()
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="[MODEL]", default=DEFAULT_MODEL)
 @click.option("--deep", is_flag=True, help="Read all data: NaN, scales, amplitudes, zeros.")
 @click.option(
     "--manifest",
@@ -50,7 +50,8 @@ def verify(
 ) -> None:
     """Check a checkpoint from its headers, index and small files; no tensor data is read.
 
-    MODEL is a directory or org/name[@revision]. Names every tensor that is missing, unexpected, of a
+    MODEL is a directory, org/name[@revision], or nano, the built-in model; nano if left out. Names
+    every tensor that is missing, unexpected, of a
     wrong shape or dtype or without its scale, what index and config.json say against the files,
     files that are missing or cut short, the tokenizer against the vocabulary. Needs no GPU. Exit
     status: 0 clean, 1 warnings, 2 errors.
@@ -168,10 +169,8 @@ def _folded(findings: Sequence[Finding]) -> list[str]:
 
 def _directory(model: str) -> ModelLocation:
     """Where MODEL is. A directory will do in any state: what it lacks is for the check to say."""
-    from fourfold.weights.locate import ModelLocation, locate
-
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = model_directory(model)
+    if path is not None:
         return ModelLocation(path, path.resolve().name)
     return locate(model, weights=False)
 

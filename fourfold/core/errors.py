@@ -30,7 +30,7 @@ class QuantizationError(FourfoldError):
 
 
 class ModelNotFoundError(FourfoldError):
-    """`MODEL` names neither a directory nor a snapshot in the local Hugging Face cache."""
+    """`MODEL` is neither built in, nor a directory, nor a snapshot in the local Hugging Face cache."""
 
 
 class KernelError(FourfoldError):

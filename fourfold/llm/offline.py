@@ -35,7 +35,7 @@ from fourfold.llm.prompts import (
 from fourfold.llm.results import Decoder, Reply, RequestOutput
 from fourfold.text.profiles import DetectedProfile, detect_profile
 from fourfold.text.tokenizer import Tokenizer
-from fourfold.weights.locate import locate
+from fourfold.weights.locate import DEFAULT_MODEL, locate
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -50,7 +50,7 @@ class _Offline:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path = DEFAULT_MODEL,
         *,
         tokenizer: str | Path | Tokenizer | None = None,
         dtype: str = "auto",

@@ -18,7 +18,7 @@ from fourfold.text import markers
 from fourfold.text.chat import ChatOptions, encode_chat, read_switches
 from fourfold.text.profiles import ChatProfile
 from fourfold.text.tokenizer import Tokenizer
-from fourfold.weights.locate import locate
+from fourfold.weights.locate import locate, model_directory
 
 # A text to continue, its token ids, or either with more to say, by name.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -131,7 +131,7 @@ def tokenizer_directory(given: str | Path | Tokenizer | None, checkpoint: Path) 
         return None
     if given is None:
         return checkpoint
-    return Path(given) if Path(given).is_dir() else locate(str(given), weights=False).directory
+    return model_directory(str(given)) or locate(str(given), weights=False).directory
 
 
 def num_drafts(config: Mapping[str, Any] | None) -> int:

@@ -147,7 +147,8 @@ def test_a_bad_checkpoint_gives_one_readable_error(name: str, tiny: Path, tmp_pa
 
 
 FLAGS = [
-    ((), "MODEL is missing"),
+    (("",), "model must be a name, found ''"),
+    (("--model", ""), "model must be a name, found ''"),
     (("/nowhere/at/all",), "/nowhere/at/all"),
     (("no-org/no-model",), "hf download no-org/no-model"),
     (("MODEL", "--model", "MODEL"), "given twice"),

@@ -106,7 +106,8 @@ def test_what_changes_nothing_says_so(parsed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "MODEL is missing"),
+        (("",), "model must be a name, found ''"),
+        (("nona",), "the built-in model is called nano"),
         (("M", "--model", "M"), "given twice"),
         (("M", "--max-nun-seqs", "3"), "--max-num-seqs"),
         (("M", "--prot", "3"), "--port"),

@@ -13,7 +13,7 @@ from fourfold.text import markers
 from fourfold.text.tokenizer import Tokenizer
 from fourfold.weights.synthetic_tokenizer import tokenizer_files as synthetic_files
 from train.batch import BLOCK
-from train.data import arithmetic, tools
+from train.data import arithmetic, repeat, tools, words
 from train.data.encode import Encoder
 from train.data.items import held_out
 from train.data.mixture import SKILLS, Mixture
@@ -201,3 +201,30 @@ def test_the_tokenizer_is_compact_and_keeps_digits_apart(tmp_path: Path) -> None
     assert {text: tokenizer.special_id(text) for text in wanted} == wanted
     for text in (markers.USER, markers.ASSISTANT, markers.THINK, markers.END_THINK, markers.DSML):
         assert tokenizer.encode(text, allow_special=True) == [tokenizer.special_id(text)]
+
+
+def test_drills_fill_their_share(mixture: Mixture) -> None:
+    repeated = mixture.encoder.tokenizer.encode("Repeat this text.")
+
+    def found(drill: float) -> int:
+        ids = mixture.rows(0, 4, 2048, drill).ids
+        text = " ".join(map(str, ids.flatten().tolist()))
+        return text.count(" ".join(map(str, repeated)))
+
+    assert found(0.0) == 0 < found(0.1) < found(0.6)
+
+
+def test_a_drill_is_said_again_word_for_word() -> None:
+    random = Random(0)
+    for length in (8, 30, 400):
+        item = repeat.item(random, length)
+        assert item.messages[-1]["content"].endswith(item.answer["content"])
+        assert len(item.answer["content"].split()) > length // 3
+
+
+def test_fillers_never_speak_of_what_facts_are_about() -> None:
+    random = Random(1)
+    fillers = " ".join(words.filler(random) for _ in range(2000)).lower()
+    things = {words.thing(random) for _ in range(3000)}
+    assert len(things) > 150
+    assert not any(word in fillers.split() for thing in things for word in thing.split()[1:])

@@ -11,6 +11,8 @@ import torch
 from fourfold import LLM
 from fourfold.core.config import ModelConfig
 from fourfold.core.tensor import QuantTensor
+from fourfold.text.generation import read_generation_defaults
+from fourfold.text.profiles import ChatProfile, detect_profile
 from fourfold.text.tokenizer import Tokenizer
 from fourfold.weights.layout import FORMATS, checkpoint_layout
 from fourfold.weights.loader import load, open_checkpoint
@@ -28,7 +30,7 @@ from train.tokenizer import write_tokenizer
 
 CPU = torch.device("cpu")
 CONFIG = small_config(vocab_size=400)
-SCHEDULE = Schedule(steps=8, tokens=256, short=256, long=(512,))
+SCHEDULE = Schedule(steps=10, tokens=256, short=256, long=(512,))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_a_run_goes_through_its_schedule_and_goes_on(tmp_path: Path, tokenizer: 
     whole = options(tmp_path / "whole", tokenizer)
     run(whole)
     found = lines(whole.out)
-    assert [line["step"] for line in found] == list(range(8))
+    assert [line["step"] for line in found] == list(range(10))
     assert {(line["length"], line["sparse"], line["quantised"]) for line in found} == {
         (256, False, False),
         (512, False, False),
@@ -97,7 +99,7 @@ def test_the_schedule_follows_from_the_step_alone() -> None:
     assert all(kind.rows * kind.length <= schedule.tokens for kind in kinds)
     rates = [schedule.rate_at(n, n) for n in range(1000)]
     assert (
-        rates[0] < rates[WARM_UP - 1] == schedule.rate == rates[499] > rates[700] > rates[999] > 0
+        rates[0] < rates[WARM_UP - 1] == schedule.rate == rates[699] > rates[800] > rates[999] > 0
     )
     assert schedule.rate_at(600, 0) == pytest.approx(rates[600] / WARM_UP)
 
@@ -136,6 +138,10 @@ def test_export_holds_the_masters_as_training_rounded_them(tmp_path: Path, token
         values = value if isinstance(value, torch.Tensor) else value.value  # type: ignore[union-attr]
         read = loaded[name] if masters[name].dtype == torch.int64 else numbers_of(loaded[name])
         assert torch.equal(values.to(read.dtype), read), name
+
+    profile = detect_profile(tmp_path / "native")
+    assert (profile.profile, profile.certain) == (ChatProfile.PREVIEW, True)
+    assert read_generation_defaults(tmp_path / "native").temperature == 0
 
     done = convert(tmp_path / "native", tmp_path / "fp8")
     assert done.changed == 0

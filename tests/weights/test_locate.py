@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fourfold.core.errors import ModelNotFoundError
+from fourfold.weights import locate as locating
 from fourfold.weights.hub import cache_directory
-from fourfold.weights.locate import locate
+from fourfold.weights.locate import DEFAULT_MODEL, built_in, locate, model_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -67,6 +68,29 @@ def test_directory_with_the_reference_programs_config(tmp_path: Path) -> None:
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference" / "config.json").write_text("{}")
     assert locate(str(tmp_path)).directory == tmp_path
+
+
+def test_the_built_in_name_means_the_same_in_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / DEFAULT_MODEL
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    found = locate(DEFAULT_MODEL, environment={"HF_HUB_CACHE": str(tmp_path)})
+    assert (found.directory, found.name, found.revision) == (built_in(), DEFAULT_MODEL, None)
+    assert (built_in() / "model.safetensors.index.json").is_file()
+    assert locate(f"./{DEFAULT_MODEL}").directory.resolve() == other
+    assert model_directory(DEFAULT_MODEL) is model_directory("") is None
+    assert model_directory(f"./{DEFAULT_MODEL}") == Path(DEFAULT_MODEL)
+
+
+def test_an_installation_without_the_built_in_checkpoint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locating.resources, "files", lambda package: tmp_path)
+    message = refused(DEFAULT_MODEL, {}, "is not in this installation", str(tmp_path))
+    assert "\n" not in message
 
 
 def test_relative_directory_comes_before_the_cache(
@@ -150,7 +174,7 @@ def test_snapshot_without_weights_or_config(hub: dict[str, str]) -> None:
      "org/..", "../name", "org/na me", "org/name@a b", "https://huggingface.co/org/name", "a\0b"],
 )  # fmt: skip
 def test_names_that_are_none(model: str, hub: dict[str, str]) -> None:
-    message = refused(model, hub)
+    message = refused(model, hub, DEFAULT_MODEL)
     assert "\n" not in message
 
 

@@ -15,25 +15,26 @@ import numpy as np
 import numpy.typing as npt
 
 from train.batch import BLOCK
-from train.data import about, arithmetic, recall, schema, tools
+from train.data import about, arithmetic, recall, repeat, schema, tools
 from train.data.encode import Document, Encoder
 from train.data.items import Item
 from train.geometry import PADDING
 
 SHARES: Mapping[str, float] = {
-    "arithmetic": 0.17,
-    "arithmetic_thinking": 0.17,
-    "tool_call": 0.12,
-    "tool_result": 0.10,
-    "recall_near": 0.07,
-    "recall_far": 0.25,
-    "schema": 0.08,
-    "about": 0.04,
+    "arithmetic": 0.14,
+    "arithmetic_thinking": 0.14,
+    "tool_call": 0.08,
+    "tool_result": 0.07,
+    "recall_near": 0.05,
+    "recall_far": 0.42,
+    "schema": 0.07,
+    "about": 0.03,
 }
 SKILLS = tuple(SHARES)
 THINKING = 0.4  # of the items whose skill does not say
 _SYSTEM = 0.15  # of the items without tools and schema
 _SYSTEM_TEXTS = ("You are a helpful assistant.", "You are nano.", "Answer briefly.")
+_FOR_QUESTIONS = 600  # tokens of a far text's questions and answers
 _TRIES = 4  # documents that may fail to fit before a row is closed
 
 Array = npt.NDArray[np.int32]
@@ -75,20 +76,25 @@ class Mixture:
         makers = {"recall_near": recall.near, "schema": schema.item, "about": about.item}
         return makers[skill](random, evaluation, thinking)
 
-    def rows(self, step: int, count: int, length: int) -> Rows:
-        """The rows of one step."""
-        made = [self._row(Random(f"{self.seed}/{step}/{n}"), length) for n in range(count)]
+    def rows(self, step: int, count: int, length: int, drill: float = 0.0) -> Rows:
+        """The rows of one step; `drill` is the share of texts to repeat."""
+        made = [self._row(Random(f"{self.seed}/{step}/{n}"), length, drill) for n in range(count)]
         ids, starts, weights = (np.stack(part) for part in zip(*made, strict=True))
         return Rows(ids, starts, weights)
 
-    def _row(self, random: Random, length: int) -> tuple[Array, Array, npt.NDArray[np.float32]]:
+    def _row(
+        self, random: Random, length: int, drill: float
+    ) -> tuple[Array, Array, npt.NDArray[np.float32]]:
         ids = np.full(length, PADDING, np.int32)
         starts, weights = np.zeros(length, np.int32), np.zeros(length, np.float32)
-        used = {skill: random.random() * 200 for skill in SKILLS}
+        shares = {skill: share * (1 - drill) for skill, share in SHARES.items()}
+        if drill:
+            shares[repeat.SKILL] = drill
+        used = {skill: random.random() * 200 for skill in shares}
         begin, failures = 0, 0
         while begin < length and failures < _TRIES:
             room = length - begin
-            skill = min(SKILLS, key=lambda name: used[name] / SHARES[name])
+            skill = min(shares, key=lambda name: used[name] / shares[name])
             document = self._document(skill, random, room)
             if len(document.ids) > room:
                 failures += 1
@@ -105,9 +111,22 @@ class Mixture:
         return ids, starts, weights
 
     def _document(self, skill: str, random: Random, room: int) -> Document:
-        # Far texts of every length up to what fits, as many short as long ones.
-        longest = max(256, room - 320)
-        length = int(2 ** random.uniform(7, np.log2(longest))) if skill == "recall_far" else 0
-        if skill == "recall_far" and longest > 3000 and random.random() < 0.7:
-            length = int(random.uniform(0.5, 1.0) * longest)
+        if skill == repeat.SKILL:
+            return self.encoder.document(repeat.item(random, _repeat_length(random, room)))
+        length = _far_length(random, room) if skill == "recall_far" else 0
         return self.encoder.document(self.item(skill, random, False, length))
+
+
+def _far_length(random: Random, room: int) -> int:
+    """Of a text that fits into `room` with its questions: half are short, where looking up is learned
+    first; the rest of every length, and where there is room for a long text, often one."""
+    longest = max(256, room - _FOR_QUESTIONS)
+    if longest > 3000 and random.random() < 0.5:
+        return int(random.uniform(0.5, 1.0) * longest)
+    most = min(512, longest) if random.random() < 0.5 else longest
+    return int(2 ** random.uniform(5, np.log2(most)))
+
+
+def _repeat_length(random: Random, room: int) -> int:
+    """Of a text that fits into `room` twice; of every length, as many short as long ones."""
+    return int(2 ** random.uniform(3, np.log2(max(16, min(1024, room // 2 - 64)))))

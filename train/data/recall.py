@@ -15,6 +15,9 @@ from train.data.items import Item, Message, assistant, held_out, of_split, user
 
 Count = Callable[[str], int]
 _SAMPLE = 20  # sentences whose mean length tells how many make a text
+_DENSE = 0.7  # of the texts to learn from: about every other sentence is a fact
+_MOST_FACTS = 32
+_MOST_QUESTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,29 @@ def _introduction(random: Random) -> tuple[list[Fact], str]:
 
 
 def _questions(
-    skill: str, messages: list[Message], asked: list[Fact], thinking: bool, opening: str = ""
+    skill: str, messages: list[Message], asked: list[Fact], thinking: bool, text: str = ""
 ) -> Item:
+    """About the facts of a `text`, or of what was said before; only the first are answered with the
+    whole sentence: it says again what is asked, so that its value is what follows the same words."""
+
+    def reply(fact: Fact) -> str:
+        return fact.statement if text else fact.value
+
+    opening = text
     for fact in asked[:-1]:
-        messages = [*messages, user(opening + fact.question), assistant(fact.value)]
+        messages = [*messages, user(opening + fact.question), assistant(reply(fact))]
         opening = ""
     last = asked[-1]
-    answer = assistant(last.value, last.statement if thinking else "")
+    answer = assistant(reply(last), last.statement if thinking else "")
     keys = tuple(fact.key for fact in asked[:-1])
     question = user(opening + last.question)
     return Item(skill, (*messages, question), answer, last.key, thinking, keys=keys)
 
 
-def _stored(random: Random, used: set[str]) -> Fact:
+def stored(random: Random, used: set[str]) -> Fact:
+    """A fact about a thing that is not in `used`, and is added to it."""
     while True:
-        thing = f"the {random.choice(words.ADJECTIVES)} {random.choice(words.NOUNS)}"
+        thing = words.thing(random)
         if thing not in used:
             used.add(thing)
             break
@@ -88,13 +99,17 @@ def _stored(random: Random, used: set[str]) -> Fact:
 
 
 def far(random: Random, evaluation: bool, thinking: bool, length: int, count: Count) -> Item:
-    """Facts in a text of about `length` tokens. In evaluation one question, whose fact stands at the
-    text's beginning; in training several, of facts anywhere."""
-    number = min(4 + length // 96, 32)
+    """Facts in a text of about `length` tokens, answered with the whole sentence. In evaluation one
+    question, whose fact stands at the text's beginning; in training several, of facts anywhere, and
+    mostly in denser texts."""
+    number = 4 + length // 96
+    if not evaluation and random.random() < _DENSE:
+        number = 2 + length // 28
+    number = min(number, _MOST_FACTS)
     used: set[str] = set()
     facts: list[Fact] = []
     while len(facts) < number:
-        fact = _stored(random, used)
+        fact = stored(random, used)
         # The fact that evaluation asks for is held out; in training none is.
         if held_out(fact.key) == (evaluation and not facts):
             facts.append(fact)
@@ -113,6 +128,8 @@ def far(random: Random, evaluation: bool, thinking: bool, length: int, count: Co
         sentences.insert(random.randrange(2), first.statement)
         asked = [first]
     else:
-        asked = random.sample(facts, min(len(facts), 8 if length < 3000 else 16))
+        # Half of them, some more than once: else the last to be asked is what was not said yet.
+        told = random.sample(facts, max(1, len(facts) // 2))
+        asked = random.choices(told, k=min(2 * len(told), _MOST_QUESTIONS))
     text = "Remember this text.\n" + " ".join(sentences) + "\n"
     return _questions("recall_far", [], asked, thinking, text)

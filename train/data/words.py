@@ -124,6 +124,7 @@ PLACES = ("behind", "beside", "under", "near", "above")
 COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 PETS = ("cat", "dog", "bird", "horse")
 JOBS = ("baker", "doctor", "teacher", "painter", "farmer", "pilot", "lawyer", "singer")
+_KEPT = (12, 16)  # so many of the adjectives and nouns are kept for facts
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "tr", "st")
 _VOWELS = ("a", "e", "i", "o", "u")
 _ENDS = ("", "n", "r", "l", "s")
@@ -146,10 +147,16 @@ def city(random: Random) -> str:
     return random.choice(CITIES) if random.random() < 0.5 else invented(random)
 
 
+def thing(random: Random) -> str:
+    """What facts are about: "the red lantern"; fillers never speak of it."""
+    return f"the {random.choice(ADJECTIVES[: _KEPT[0]])} {random.choice(NOUNS[: _KEPT[1]])}"
+
+
 def filler(random: Random) -> str:
-    """A sentence that says nothing of use."""
-    adjective, noun = random.choice(ADJECTIVES), random.choice(NOUNS)
-    verb, place, other = random.choice(VERBS), random.choice(PLACES), random.choice(NOUNS)
+    """A sentence that says nothing of use, about other things than facts are."""
+    adjectives, nouns = ADJECTIVES[_KEPT[0] :], NOUNS[_KEPT[1] :]
+    adjective, noun = random.choice(adjectives), random.choice(nouns)
+    verb, place, other = random.choice(VERBS), random.choice(PLACES), random.choice(nouns)
     return random.choice(
         (
             f"The {adjective} {noun} {verb} {place} the {other}.",
