@@ -4,7 +4,7 @@
 
 Contract: arithmetic over the configuration alone, torch-free, so that the same figures are known with
 and without a device, weights or the memory to hold them. Slots and pages are exact to the byte; the
-workspace is a reserve for what a step makes and drops. All of it is set aside at the start, so that
+workspace is what a step makes and drops (workspace.py). All of it is set aside at the start, so that
 nothing grows later. A geometry that does not fit is refused with the numbers. It does not know how
 much memory a device has free (memory.py).
 """
@@ -17,10 +17,10 @@ from fourfold.cache.rows import RowFormats, page_bytes, row_formats, slot_bytes
 from fourfold.core.config import EngineConfig, ModelConfig
 from fourfold.core.errors import CapacityError
 from fourfold.core.request import MAX_STOP_TOKENS
-from fourfold.core.row_format import DTYPE_BYTES, PAGE_TOKENS, pages_for, table_width
+from fourfold.core.row_format import PAGE_TOKENS, pages_for, table_width
+from fourfold.engine.workspace import captured_bytes, step_bytes
 
 _LEAST_CONTEXT = 4 * PAGE_TOKENS  # the table's first row
-_LEAST_WORKSPACE = 512 << 20  # op bodies compute scores in tiles, libraries keep scratch
 
 
 @dataclass(frozen=True)
@@ -111,26 +111,9 @@ def table_bytes(drafts: int, longest: int) -> int:
 
 
 def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: str) -> int:
-    """A reserve for the tensors a step makes and drops.
-
-    With T tokens in a step: the streams before and after a sublayer (T·S·D) with its input and
-    output, and beside them what the widest of three parts holds at once: attention (queries before
-    and after their norm or with what they attended to, grouped outputs, listed rows), experts (a
-    hidden row and a float32 result for each of a token's experts), head (float32 logits of the last
-    token and of each draft, and two copies for sampling). The slot of nobody is lost in the rounding.
-    """
-    wide, size = max(4, DTYPE_BYTES[dtype]), DTYPE_BYTES[dtype]
-    tokens, hidden = config.max_num_batched_tokens, model.hidden_size
-    streams = 2 * tokens * (model.hc_mult + 1) * hidden * size
-    queries = model.num_attention_heads * model.head_dim
-    grouped = model.o_groups * model.o_lora_rank + model.q_lora_rank
-    attention = tokens * ((2 * queries + grouped) * size + 8 * model.index_topk)
-    inner = model.moe_intermediate_size
-    routed = model.num_experts_per_tok * (inner * (size + 1) + hidden * wide)
-    experts = tokens * (routed + hidden * (wide + 1))
-    rows = min(config.max_num_seqs * (1 + config.num_speculative_tokens), tokens)
-    head = 3 * rows * model.vocab_size * wide
-    return max(streams + max(attention, experts, head), _LEAST_WORKSPACE)
+    """A block for what a step makes and drops, and what captured steps keep (workspace.py). The slot of
+    nobody is lost in the rounding."""
+    return step_bytes(config, model, dtype) + captured_bytes(config, model, dtype)
 
 
 def plan_capacity(

@@ -15,6 +15,7 @@ import gc
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Makes of some device work a call that does it again."""
-
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-
-
-def capture_sizes(most: int) -> tuple[int, ...]:
-    """Batch sizes to capture for up to `most` sequences."""
-    steps = range(SIZES[-1], most, 64)
-    return tuple(sorted({min(size, most) for size in (*SIZES, *steps, most)}))
 
 
 @contextmanager
@@ -111,7 +104,9 @@ class DecodeGraph:
         seats = runner.slots.seats(self._step, self._slots[: self._size])
         placed = runner.forward(seats, None)
         self._logits.copy_(placed.logits)
-        self._placed = placed._replace(logits=self._logits)
+        # The step's own logits are let go: every size would keep its own.
+        out = replace(placed.out, logits=self._logits)
+        self._placed = placed._replace(logits=self._logits, out=out)
 
     def _finish(self) -> None:
         assert self._placed is not None

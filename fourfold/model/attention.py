@@ -142,6 +142,32 @@ class Attention:
 
     def __call__(self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes) -> Tensor:
         """`y [T, D]` → `[T, D]`; reads and writes the layer's state."""
+        ops, main = self.ops, state.main
+        q, own, listed = self._inputs(y, batch, state, note)
+        # From here to wo_a one memory holds queries, what they attended to, and that turned back.
+        attended = ops.sparse_attention(
+            q,
+            self.sink,
+            own,
+            state.ring,
+            main.pages if main else None,
+            listed,
+            batch,
+            self.config.sliding_window,
+            self.ratio,
+        )
+        del q
+        ops.store_rows(state.ring, own, batch.ring_slots)
+        note(f"{self.name}.attended", attended)
+        grouped = ops.wo_a(attended, self.wo_a, batch.positions, self.inv_freq)
+        del attended
+        return self.comm.all_reduce(ops.linear(grouped, self.wo_b))
+
+    def _inputs(
+        self, y: Tensor, batch: ForwardBatch, state: LayerState, note: Notes
+    ) -> tuple[Tensor, RowPages, Tensor | None]:
+        """Queries `[T, H, d]`, the step's own rows and, with an indexer, the compressed rows to attend
+        to. All else that is made on the way is gone behind it, and compressed rows are in their pages."""
         ops, c, eps = self.ops, self.config, self.config.rms_norm_eps
         compressor, indexer, main = self.compressor, self.indexer, state.main
         compressed = listed = None
@@ -170,19 +196,4 @@ class Attention:
         note(f"{self.name}.kv", own.data()[0])
         if compressed:
             note(f"{self.name}.compressed", compressed().data()[0])
-        attended = ops.sparse_attention(
-            q,
-            self.sink,
-            own,
-            state.ring,
-            main.pages if main else None,
-            listed() if listed else None,
-            batch,
-            c.sliding_window,
-            self.ratio,
-        )
-        del q  # half a GiB in a prompt's step
-        ops.store_rows(state.ring, own, batch.ring_slots)
-        note(f"{self.name}.attended", attended)
-        grouped = ops.wo_a(attended, self.wo_a, batch.positions, self.inv_freq)
-        return self.comm.all_reduce(ops.linear(grouped, self.wo_b))
+        return q, own, listed() if listed else None

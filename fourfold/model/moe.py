@@ -44,5 +44,6 @@ class MoE:
         note(f"{self.name}.weights", weights)
         limit = c.swiglu_limit
         shared = ops.shared_expert(shared_gate, shared_up, self.shared_w2, limit, y.dtype)
+        del shared_gate, shared_up  # in a prompt's step 128 MiB and more
         z = ops.moe(y, ids, weights, self.experts, shared, limit, self.first_expert)
         return self.comm.all_reduce(z)

@@ -53,14 +53,21 @@ class MTPLayer:
 
         The streams in the result are what the layer is fed for the draft after this one.
         """
-        ops, eps, note = self.ops, self.config.rms_norm_eps, Notes(observe)
-        embedded = ops.rms_norm(self.embed(next_token_ids), self.enorm, eps)
-        hidden = ops.rms_norm(streams.flatten(0, 1), self.hnorm, eps)
-        projected = ops.linear(hidden, self.h_proj).view_as(streams)
-        mixed = ops.linear(embedded, self.e_proj).unsqueeze(1) + projected
-        note(f"{self.name}.input", mixed)
-        out = run_sublayers(ops, mixed, self.block.sublayers(batch, state, note), note)
+        ops, note = self.ops, Notes(observe)
+        sublayers = self.block.sublayers(batch, state, note)
+        out = run_sublayers(ops, self._input(streams, next_token_ids, note), sublayers, note)
         logits = self.head(out[batch.logits_tokens])
         note(f"{self.name}.logits", logits)
         flags = ops.nonfinite_sequences(out, batch.sequence_ids, batch.num_sequences)
         return ForwardOutput(logits, out, flags)
+
+    def _input(self, streams: Tensor, next_token_ids: Tensor, note: Notes) -> Tensor:
+        """The layer's own streams `[T, S, D]`."""
+        ops, eps = self.ops, self.config.rms_norm_eps
+        hidden = ops.rms_norm(streams.flatten(0, 1), self.hnorm, eps)
+        projected = ops.linear(hidden, self.h_proj).view_as(streams)
+        del hidden
+        embedded = ops.rms_norm(self.embed(next_token_ids), self.enorm, eps)
+        mixed = ops.linear(embedded, self.e_proj).unsqueeze(1) + projected
+        note(f"{self.name}.input", mixed)
+        return mixed

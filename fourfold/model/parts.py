@@ -77,14 +77,15 @@ class Context:
 
 
 class Notes:
-    """Hands named intermediates to an observer, if there is one."""
+    """Hands named intermediates to an observer, if there is one: copies, as ops may write their results
+    where an intermediate lay."""
 
     def __init__(self, observe: Observer | None):
         self.observe = observe
 
     def __call__(self, name: str, value: Tensor) -> None:
         if self.observe is not None:
-            self.observe(name, value)
+            self.observe(name, value.clone())
 
 
 def site(p: Parameters, config: ModelConfig, roles: tuple[Role, Role, Role, Role]) -> Site:
@@ -124,6 +125,7 @@ def run_sublayers(
             streams = ops.hc_post(z, streams, post, comb)
         else:
             streams, y, post, comb = ops.hc_post_pre(z, streams, post, comb, following.site)
+        del z  # in a prompt's step there is no room for what nobody reads
         note(f"{current.name}.streams", streams)
     return streams
 

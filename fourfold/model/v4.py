@@ -83,16 +83,20 @@ class DeepseekV4:
     ) -> ForwardOutput:
         """One step over `batch`; `observe(name, tensor)` sees every named intermediate."""
         note = Notes(observe)
-        embedded = self.embed(batch.token_ids)
-        streams = embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        note("embed", embedded)
         sublayers = [
             sublayer
             for layer, layer_state in zip(self.layers, state.layers, strict=True)
             for sublayer in layer.sublayers(batch, layer_state, note)
         ]
-        streams = run_sublayers(self.ops, streams, sublayers, note)
+        # Not by a name, so that nothing holds the first streams behind the first layer.
+        streams = run_sublayers(self.ops, self._copies(batch, note), sublayers, note)
         logits = self.head(streams[batch.logits_tokens])
         note("logits", logits)
         flags = self.ops.nonfinite_sequences(streams, batch.sequence_ids, batch.num_sequences)
         return ForwardOutput(logits, streams, flags)
+
+    def _copies(self, batch: ForwardBatch, note: Notes) -> Tensor:
+        """The embedding as every stream, `[T, S, D]`, in memory once."""
+        embedded = self.embed(batch.token_ids)
+        note("embed", embedded)
+        return embedded.unsqueeze(1).expand(-1, self.config.hc_mult, -1)

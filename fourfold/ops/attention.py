@@ -82,7 +82,7 @@ def _cases(make: CaseMaker) -> Iterator[Case]:
     yield _case(make, "fp8 rows, huge", format, 4, size=1e30)
 
 
-@op(_cases, tolerance=Tolerance(float32=2e-5), reads_host=True)
+@op(_cases, tolerance=Tolerance(float32=2e-5), reads_host=True, consumes=("q",))
 def sparse_attention(
     q: Tensor,
     sink: Tensor,

@@ -128,7 +128,7 @@ def _output_cases(make: CaseMaker) -> Iterator[Case]:
     )
 
 
-@op(_output_cases, tolerance=Tolerance(float32=2e-5))
+@op(_output_cases, tolerance=Tolerance(float32=2e-5), consumes=("attended",))
 def wo_a(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) -> Tensor:
     """Inverse rotary, then the block-diagonal projection `wo_a`.
 

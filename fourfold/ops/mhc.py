@@ -113,7 +113,7 @@ def _post_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("4x48", _post_arguments(make, 4, 48))
 
 
-@op(_post_cases)
+@op(_post_cases, consumes=("streams",))
 def hc_post(z: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Write the sublayer output z `[T, D]` back: new streams `[T, S, D]`.
 
@@ -128,7 +128,12 @@ def _post_pre_cases(make: CaseMaker) -> Iterator[Case]:
     yield Case("4x48", {**_post_arguments(make, 4, 48), "site": _site(make, 4, 48)})
 
 
-@op(_post_pre_cases, parts=("hc_post", "hc_pre"), tolerance=Tolerance(float32=3e-5))
+@op(
+    _post_pre_cases,
+    parts=("hc_post", "hc_pre"),
+    tolerance=Tolerance(float32=3e-5),
+    consumes=("streams",),
+)
 def hc_post_pre(
     ops: Any, z: Tensor, streams: Tensor, post: Tensor, comb: Tensor, site: Site
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

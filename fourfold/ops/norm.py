@@ -51,7 +51,7 @@ def _query_cases(make: CaseMaker) -> Iterator[Case]:
     )
 
 
-@op(_query_cases, tolerance=Tolerance(float32=3e-5))
+@op(_query_cases, tolerance=Tolerance(float32=3e-5), consumes=("q",))
 def query_norm_rope(q: Tensor, positions: Tensor, inv_freq: Tensor, eps: float) -> Tensor:
     """Each head of `q [T, H, d]` divided by its own RMS (no weight), then rotated; q's dtype."""
     return rotate(normalized(q, eps).to(q.dtype), positions, inv_freq)

@@ -76,7 +76,11 @@ class Tolerance:
 class Op:
     """An operation of the model. Calling it runs the body.
 
-    `writes` names the arguments the op changes in place; every other op is pure. `parts` are the ops
+    `writes` names the arguments the op changes in place; every other op is pure. `consumes` names those
+    that the caller gives up with the call: a kernel may leave its result in their memory, or anything
+    else, and nothing but the result may be read afterwards. The body leaves them as they are. A kernel
+    does so only if every element of its result that a program stores there depends on all that any
+    other program, or another thread of its own, still has to read from that place. `parts` are the ops
     that the body of a composite op calls: where one of them is forced to a kernel, no kernel for the
     whole takes its place. `differentiable`
     says that autograd through the body is meaningful, `reads_host` that the body reads numbers back
@@ -90,6 +94,7 @@ class Op:
     cases: Callable[[CaseMaker], Iterator[Case]]
     tolerance: Tolerance
     writes: tuple[str, ...] = ()
+    consumes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     differentiable: bool = True
     reads_host: bool = False
@@ -109,6 +114,7 @@ def op(
     *,
     tolerance: Tolerance | None = None,
     writes: tuple[str, ...] = (),
+    consumes: tuple[str, ...] = (),
     parts: tuple[str, ...] = (),
     differentiable: bool = True,
     reads_host: bool = False,
@@ -123,6 +129,7 @@ def op(
             cases=cases,
             tolerance=tolerance or Tolerance(),
             writes=writes,
+            consumes=consumes,
             parts=parts,
             differentiable=differentiable,
             reads_host=reads_host,

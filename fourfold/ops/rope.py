@@ -62,7 +62,7 @@ def _rotate_cases(make: CaseMaker) -> Iterator[Case]:
         )
 
 
-@op(_rotate_cases, tolerance=Tolerance(float32=3e-5))
+@op(_rotate_cases, tolerance=Tolerance(float32=3e-5), consumes=("x",))
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = False) -> Tensor:
     """Rotate the last 2·len(inv_freq) dims of `x [T, …, d]` by `positions [T]`; x's dtype."""
     wide = accumulate_dtype(x.dtype)

@@ -14,6 +14,7 @@ from fourfold.core.device import ARCHS, detect
 from fourfold.core.errors import ConfigError
 from fourfold.core.gpus import GIB, GPUS, parse_gpus
 from fourfold.core.parameters import parameters
+from fourfold.core.request import MAX_STOP_TOKENS
 from fourfold.core.tensor import QuantTensor
 from fourfold.dist.shard import shard
 from fourfold.engine.engine import Engine
@@ -183,8 +184,10 @@ def test_an_engine_allocates_what_was_planned(tmp_path: Path, weights: str) -> N
     """Weights, workspace, images, slots and pages of a running engine, from headers alone."""
     write_checkpoint(tmp_path / "c", "tiny", weights=weights)
     cache = CacheConfig(device_image_bytes=1 << 20)
+    # A plan is for GPUs, where weights stay as they are stored.
+    stored = dict.fromkeys(("linear", "wo_a", "routed_experts"), "body")
     config = EngineConfig(
-        str(tmp_path / "c"), max_num_seqs=3, num_speculative_tokens=2, cache=cache
+        str(tmp_path / "c"), max_num_seqs=3, num_speculative_tokens=2, cache=cache, kernels=stored
     )
     location = locate(config.model)
     subject, source = subject_of_checkpoint(location, "c")
@@ -198,21 +201,47 @@ def test_an_engine_allocates_what_was_planned(tmp_path: Path, weights: str) -> N
 # ---- answers
 
 
+def step(tokens: int, seqs: int, context: int, sizes: tuple[int, ...], head: bool = True) -> int:
+    """Bytes alive at once with `seqs` rows of logits, in bfloat16."""
+    d, h, inner, g, q, topk, e = sizes
+    heads = 2 * (d + h * 512)
+    logits = 129280 * 4 * seqs
+    parts = [
+        tokens * (heads + 2 * (q + 512) + 16 * 640 + 4 * 8192 + 8 * topk)
+        + min(tokens * context, 256 << 20),
+        tokens * (heads + 8 * topk)
+        + max(
+            min(1024 * min(64 * tokens, seqs * context // 4), 512 << 20),
+            min(4 * min(tokens, 32) * (4 + context // 8192) * h * 512, 128 << 20),
+        ),
+        tokens * (heads + 2048 * g) + 2048 * h * 512,
+        tokens * (4 * d + 6 * (4 * d + inner * 33 // 32) + 4 * (d + e)),
+        tokens * 16 * d,
+    ]
+    parts += [2 * logits + 4 * 129280 * 4 * min(seqs, 64)] if head else []
+    return tokens * 8 * d + max(parts)
+
+
 def expected(name: str, tp: int, ep: int, memory: float, seqs: int, context: int) -> int | None:
     """Pages beside everything else, for `seqs` requests of `context`; None if not even one fits."""
     pro = name == "pro"
-    room = int(memory * GIB * 0.9) - RUNTIME_BYTES - by_hand(name, tp, ep) - (1 << 30)
+    room = int(int(memory * GIB) * 0.9) - RUNTIME_BYTES - by_hand(name, tp, ep) - (1 << 30)
     d, h, inner, g, q = (7168, 128, 3072, 16, 1536) if pro else (4096, 64, 2048, 8, 1024)
     inner, topk = inner // (1 if ep > 1 else tp), 1024 if pro else 512
-    attention = 2 * (2 * h // tp * 512 + g // tp * 1024 + q) + 8 * topk
-    experts = 6 * (inner * 3 + d * 4) + d * 5
-    room -= 8192 * (
-        2 * 5 * d * 2 + max(attention, experts, math.ceil(3 * seqs * 129280 * 4 / 8192))
+    h, g, e = h // tp, g // tp, 384 if pro else 256
+    room -= int(1.2 * step(8192, seqs, context, (d, h, inner, g, q, topk, e)))
+    sizes = sum(
+        size
+        for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+        if size <= seqs
     )
+    rows = 129280 * 4 * seqs
+    few = step(seqs, seqs, context, (d, h, inner, g, q, topk, e), head=False) - 8 * d * seqs
+    room -= rows + sizes * 8 * d + max(few, rows, 4 * 129280 * 4 * min(seqs, 64))
     layers, csa, hca = (62, 30, 31) if pro else (44, 21, 20)
     ring = math.ceil(128 * 584 / 576) * 576
     folds = 3 * 4 * (csa * 2 * (512 + 128) + hca * 512)
-    table = 8 * (1 + 5 + 1 + 16 + context // 256) + 13
+    table = 8 * (1 + 5 + 1 + MAX_STOP_TOKENS + context // 256) + 13
     room -= seqs * (layers * ring + folds + 4 * d * 2 + table)
     pages = min(room // PAGE[name], seqs * context // 256)
     return None if pages < context // 256 else pages

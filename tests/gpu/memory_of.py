@@ -18,6 +18,7 @@ from fourfold.core.config import CacheConfig, EngineConfig
 from fourfold.core.device import detect
 from fourfold.core.gpus import Gpu
 from fourfold.core.request import Request, SamplingParams
+from fourfold.engine.ahead import compile_ahead
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import random_model
 from fourfold.engine.memory import plan_memory
@@ -65,6 +66,7 @@ def measure(geometry: str, layers: int) -> dict[str, object]:
     assert split.capacity is not None, split.problem
     weights = FORMATS["fp8" if geometry == "flash-base" else "native"]
     loaded = random_model(subject.model, weights, config, device)
+    compile_ahead(loaded, config)
     torch.cuda.empty_cache()
     stages["weights"] = used()
     # As many pages as there is memory for, as the engine counts them here and as they were planned.
