@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fourfold import LLM
 
 PLAIN = "plain"
-_CHUNK = 333  # tokens; a multiple of no compress ratio and of no page
+_CHUNK = 133  # tokens; a multiple of no compress ratio and of no page
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ FLAVOURS = (
     Flavour(
         "chunked",
         f"prompts cut into {_CHUNK} tokens",
-        settings={"max_num_batched_tokens": _CHUNK, "enable_prefix_caching": False},
+        settings={
+            "max_num_batched_tokens": _CHUNK,
+            "max_num_seqs": 64,
+            "enable_prefix_caching": False,
+        },
     ),
     Flavour("prefix_hits", "prompts found in the cache", settings={"state_interval": 256}, times=2),
     Flavour(
