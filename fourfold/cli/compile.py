@@ -105,6 +105,8 @@ def compile_(
             click.echo(f"{reports[-1].table()}\n{reports[-1].summary()}\n")
     if as_json:
         click.echo(compile_report.as_json(reports))
+    elif len(reports) > 1:
+        click.echo(compile_report.matrix(reports))
     if any(report.failures for report in reports):
         context.exit(1)
 

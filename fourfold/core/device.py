@@ -17,6 +17,7 @@ from fourfold.core.errors import ConfigError
 class Feature(Enum):
     """What a kernel may need of a device."""
 
+    CPU = "a CPU"
     TRITON = "Triton"
     BF16_MATRIX = "BF16 matrix units"
     FP8_MATRIX = "FP8 matrix units"
@@ -59,7 +60,7 @@ _OCP, _NUZ = Fp8Dialect.OCP, Fp8Dialect.FNUZ
 ARCHS = {
     arch.name: arch
     for arch in (
-        Arch("cpu", frozenset()),
+        Arch("cpu", frozenset({Feature.CPU})),
         Arch("sm_80", _GPU, _OCP, 166_912, 32),
         Arch("sm_89", _FP8, _OCP, 101_376, 32),
         Arch("sm_90", _FP8 | {Feature.WGMMA, Feature.EARLY_LAUNCH}, _OCP, 232_448, 32),
@@ -68,6 +69,8 @@ ARCHS = {
         Arch("gfx90a", _GPU, _NUZ, 65_536, 64),
         Arch("gfx942", _FNUZ, _NUZ, 65_536, 64),
         Arch("gfx950", _FP8 | {Feature.FP4_MATRIX}, _OCP, 163_840, 64),
+        Arch("gfx1151", _GPU, _OCP, 65_536, 32),
+        Arch("gfx1201", _FP8, _OCP, 65_536, 32),
     )
 }
 

@@ -95,6 +95,16 @@ _LINEAR_ROLES = frozenset(
     {Role.WQ_A, Role.WQ_B, Role.WKV, Role.WO_A, Role.WO_B, Role.INDEXER_WQ_B}
     | {Role.SHARED_W1, Role.SHARED_W2, Role.SHARED_W3, Role.E_PROJ, Role.H_PROJ}
 )
+LINEAR_LAYER_ROLES = (_LINEAR_ROLES - {Role.WO_A}) | {
+    Role.COMPRESSOR_WKV,
+    Role.COMPRESSOR_WGATE,
+    Role.INDEXER_WEIGHTS,
+    Role.INDEXER_WKV,
+    Role.INDEXER_WGATE,
+    Role.GATE,
+    Role.HEAD,
+}
+"""Matrices of linear layers, however they are stored; `wo_a` is not one, being block-diagonal."""
 _FLOAT_ROLES = frozenset(
     {Role.HC_HEAD_FN, Role.HC_HEAD_BASE, Role.HC_HEAD_SCALE}
     | {Role.HC_ATTN_FN, Role.HC_ATTN_BASE, Role.HC_ATTN_SCALE}

@@ -7,6 +7,7 @@ takes as long as recording the launches does. No request waits for a compiler af
 from __future__ import annotations
 
 import os
+import time
 
 from fourfold.core.config import EngineConfig
 from fourfold.core.device import Feature
@@ -21,10 +22,12 @@ def compile_ahead(loaded: LoadedModel, config: EngineConfig) -> tuple[str, ...]:
         return ()
     from fourfold.kernels.compile import compile_here
 
+    began = time.perf_counter()
     shapes = {name: weight.to(META) for name, weight in loaded.weights.items()}
     subject = Subject(loaded.identity, loaded.config, shapes, loaded.dtype)
     collector = Collector(subject, device.arch, config, loaded.verdicts)
     wanted = collector.collect(steps(config, token_counts(config.max_num_batched_tokens)))
-    threads = len(os.sched_getaffinity(0))
-    new = compile_here((each.variant for each in wanted), device.arch, threads)
-    return (f"{len(wanted)} kernel variants, {new} of them compiled now",)
+    cores = len(os.sched_getaffinity(0))
+    new = compile_here((each.variant for each in wanted), device.arch, cores)
+    took = time.perf_counter() - began
+    return (f"{len(wanted)} kernel variants, {new} of them compiled now, in {took:.1f} s",)

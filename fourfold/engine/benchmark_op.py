@@ -118,9 +118,7 @@ class OpBench:
         for kernel in self.chosen():
             for stored in self.setting.weights or ("fp4",):
                 shapes = ((count, inner, dim), (count, dim, inner), (count, inner, dim))
-                weights = [self.weight(stored, *shape) for shape in shapes]
-                if kernel.prepare:
-                    weights = [kernel.prepare(weight) for weight in weights]
+                weights = _prepared(kernel, [self.weight(stored, *shape) for shape in shapes])
                 for tokens in self.setting.tokens:
                     yield self._experts(kernel, weights, stored, tokens)
 
@@ -155,7 +153,7 @@ class OpBench:
             for shape in self.setting.shapes or LINEAR_SHAPES:
                 rows, columns = _sizes(shape, 2)
                 for stored in self.setting.weights or ("fp8", "bfloat16"):
-                    weights = self.rotation(stored, rows, columns)
+                    weights = _prepared(kernel, self.rotation(stored, rows, columns))
                     for tokens in self.setting.tokens:
                         x = self.values(tokens, columns)
                         few = weights if tokens <= 512 else weights[:2]
@@ -184,13 +182,13 @@ class OpBench:
                     flops = 2.0 * tokens * groups * rank * size
                     for kernel in self.chosen(all_of_them=True):
                         rate = "fp8" if kernel.name.startswith("fp8") else "bf16"
-                        cost = Cost("wo_a", "", weights[0].nbytes, flops=flops, rate=rate)
-                        few = weights if tokens <= 512 else weights[:2]
+                        few = _prepared(kernel, weights if tokens <= 512 else weights[:2])
+                        cost = Cost("wo_a", "", few[0].nbytes, flops=flops, rate=rate)
                         # The output may reuse its input's memory.
                         calls = [
                             partial(kernel.run, x.clone(), w, positions, inv_freq) for w in few
                         ]
-                        out = kernel.run(x.clone(), weights[0], positions, inv_freq).float()
+                        out = kernel.run(x.clone(), few[0], positions, inv_freq).float()
                         error = float((out - expected).norm() / expected.norm())
                         yield self.record(
                             kernel, calls, cost, shape=shape, weights=stored, tokens=tokens,
@@ -243,6 +241,11 @@ class OpBench:
             "roof_us": self.ceilings.floor(cost) * 1e6,
             "kernels": parts,
         }
+
+
+def _prepared(kernel: Kernel, weights: list[Weight]) -> list[Weight]:
+    """Weights as the kernel wants them stored; those passed may be lost."""
+    return [kernel.prepare(weight) for weight in weights] if kernel.prepare else weights
 
 
 def _is_product(name: str) -> bool:

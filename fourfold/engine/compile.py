@@ -39,6 +39,7 @@ from fourfold.engine.capacity import engine_row_formats
 from fourfold.engine.kernel_plan import plan_kernels
 from fourfold.engine.loading import prepare
 from fourfold.engine.runner import Runner
+from fourfold.engine.slots import STOP_WIDTHS
 from fourfold.engine.verdicts import Verdicts
 from fourfold.model.v4 import DeepseekV4
 from fourfold.ops.registry import Kernel, Op
@@ -225,6 +226,10 @@ def steps(engine: EngineConfig, counts: Iterable[int]) -> Iterator[Key]:
             yield [(1 + drafts, drafts, True)] * count
         if count > 2:
             yield [(count - count // 3, 0, True), (count // 3, 0, False)]
+    # A sequence that may have few more tokens, or had its drafts made by nobody, verifies fewer.
+    for fewer in range(1, drafts + 1):
+        yield [(1 + fewer, fewer, True), (1, 0, True)]
+        yield [(1 + fewer, fewer, True), (3, 0, False)]
 
 
 class Collector:
@@ -307,10 +312,12 @@ class Collector:
         slots = torch.empty(len(key), dtype=torch.int64, device=META)
         decodes = all(count == 1 + k for count, k, _ in key)
         known = None if decodes else slots.new_empty(sum(count for count, _, _ in key))
-        placed = runner.forward(runner.slots.seat(layout, slots), known)
+        placed = runner.forward(runner.slots.seats(layout, slots), known)
         after = None if not drafts or all(samples for _, _, samples in key) else slots
-        for allowed in (None, self._allowed):
+        # No kernel looks at both: each of them with one of the other is enough.
+        for allowed, stops in zip((None, self._allowed), STOP_WIDTHS, strict=True):
             runner.allowed = runner.sampler.allowed = allowed
+            placed = placed._replace(seats=runner.slots.seats(layout, slots, stops))
             runner.finish(placed, placed.logits, after)
         if placed.logits.shape[0]:
             self._asked(placed.logits)

@@ -104,6 +104,24 @@ class Report:
         }
 
 
+def matrix(reports: Sequence[Report]) -> str:
+    """Kernel × target: how many variants compiled and fit, of how many where that is not all of them."""
+    counts: dict[str, dict[str, tuple[int, int]]] = {}
+    for report in reports:
+        for row in report.rows:
+            line = counts.setdefault(f"{row.op} {row.compiled.variant.name}", {})
+            good, all_of_them = line.get(report.arch.name, (0, 0))
+            line[report.arch.name] = good + row.compiled.ok, all_of_them + 1
+    names = [report.arch.name for report in reports]
+    width = max(map(len, counts), default=0)
+    lines = [" " * width + "".join(f"{name:>10}" for name in names)]
+    for kernel, line in counts.items():
+        cells = (line.get(name, (0, 0)) for name in names)
+        words = ("-" if not n else f"{n}" if good == n else f"{good} of {n}" for good, n in cells)
+        lines.append(f"{kernel:<{width}}" + "".join(f"{word:>10}" for word in words))
+    return "\n".join(lines)
+
+
 def _needs(compiled: Compiled) -> dict[str, int]:
     if compiled.resources is None:
         return {}

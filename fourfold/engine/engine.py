@@ -30,14 +30,16 @@ from fourfold.core.errors import RequestError
 from fourfold.core.request import NOT_FINITE, FinishReason, Request, RequestOutput
 from fourfold.core.tensor import dtype_name
 from fourfold.engine.capacity import Capacity, engine_row_formats
-from fourfold.engine.graphs import DecodeGraphs, capture_sizes
+from fourfold.engine.graphs import DecodeGraphs
 from fourfold.engine.kernel_plan import ops_that_read_the_host
 from fourfold.engine.loading import LoadedModel
 from fourfold.engine.masks import MaskMaker, TokenMask
-from fourfold.engine.memory import plan_memory
+from fourfold.engine.memory import plan_memory, set_aside
 from fourfold.engine.runner import Flight, Runner, RunResult
 from fourfold.engine.scheduler import Limits, Scheduler, Step
 from fourfold.engine.sequence import Run, Sequence
+from fourfold.engine.threads import note, running_on, step_threads
+from fourfold.engine.workspace import capture_sizes, step_bytes
 
 
 @dataclass
@@ -120,7 +122,9 @@ class Engine:
         self.scheduler = Scheduler(limits, cache)
         self.stats = Stats(num_drafts=drafts)
         self.fingerprint = repr((loaded.identity, model, loaded.dtype, formats, drafts > 0))
-        self.notes = self._capture()
+        self._threads = step_threads(device, loaded.weight_bytes)
+        self.notes = (*self._capture(), *note(self._threads))
+        set_aside(step_bytes(config, model, dtype), device)
         self._requests: dict[str, list[Sequence]] = {}
         self._held: dict[str, list[Sequence]] = {}  # sequences that wait for their first one
         self._arrivals = 0
@@ -206,13 +210,14 @@ class Engine:
         """Give a step to the device."""
         for saving in step.savings:
             self.scheduler.saved(saving.sequence, self.runner.save(saving))
-        self.runner.enter(step)
-        if not step.runs:
-            return None
-        self.stats.num_steps += 1
-        num_tokens = sum(run.count for run in step.runs)
-        self._on_step(StepInfo(self.stats.num_steps, len(step.runs), num_tokens))
-        return self.runner.launch(step.runs)
+        with running_on(self._threads):
+            self.runner.enter(step)
+            if not step.runs:
+                return None
+            self.stats.num_steps += 1
+            num_tokens = sum(run.count for run in step.runs)
+            self._on_step(StepInfo(self.stats.num_steps, len(step.runs), num_tokens))
+            return self.runner.launch(step.runs)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the step in flight, if there is one, and take in what it brought."""

@@ -145,7 +145,7 @@ def _bit_equality(plan: KernelPlan, resolution: Resolution) -> dict[str, Any]:
         why = "every op has a kernel, or a definition, whose result for a token has the same bits "
         why += "in every batch"
     else:
-        why = "these ops run by their definition, whose sums torch may order by the batch's size: "
+        why = "these ops run in plain torch, which may order their sums by the batch's size: "
         why += ", ".join(broken)
     return {"holds": not broken, "reason": why, "not_by": broken}
 

@@ -18,6 +18,7 @@ from fourfold.core.parameters import EXPERT_ROLES, ParamSpec, Role, Storage, par
 from fourfold.core.row_format import FP8_GROUP, PAGE_TOKENS, RowFormat, RowKind
 from fourfold.core.tensor import accumulate_dtype, dtype_name
 from fourfold.engine.capacity import engine_row_formats
+from fourfold.engine.kernel_plan import prepared_by
 from fourfold.ops.registry import BODY, KernelPlan
 from fourfold.quant.headers import FP8_BLOCK, MXFP4, PLAIN
 from fourfold.quant.resolve import Decision, Resolution
@@ -64,7 +65,7 @@ def _weights(
     """Roles that are stored alike in one entry, with the op that reads them."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     for spec in parameters(config):
-        stored = stored_as(spec, resolution.of(spec), dtype)
+        stored = _kept_as(spec, stored_as(spec, resolution.of(spec), dtype), plan)
         roles = found.setdefault((reader(spec.role, plan), stored), {})
         roles[spec.role.value] = roles.get(spec.role.value, 0) + 1
     return [
@@ -77,6 +78,14 @@ def _weights(
         }
         for (op, stored), roles in found.items()
     ]
+
+
+def _kept_as(spec: ParamSpec, stored: str, plan: KernelPlan) -> str:
+    """What becomes of a weight that is `stored` so when it is loaded: kernels of a CPU want numbers."""
+    op = prepared_by(spec.role)
+    if op is None or _kernel(plan, op) != "cpu" or stored == "float32":
+        return stored
+    return f"float32 numbers, made once of {stored}"
 
 
 _READERS: Mapping[Role, str] = FrozenDict(

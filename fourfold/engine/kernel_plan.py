@@ -14,6 +14,7 @@ import torch
 from fourfold import kernels
 from fourfold.core.config import ModelConfig
 from fourfold.core.device import Device
+from fourfold.core.parameters import EXPERT_ROLES, LINEAR_LAYER_ROLES, Role
 from fourfold.engine.verdicts import Verdicts, read_verdicts
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import Kernel, KernelPlan, Op
@@ -57,3 +58,15 @@ def ops_that_read_the_host(plan: KernelPlan, plain_experts: bool) -> tuple[str, 
     if plain_experts and experts not in plan.reads_host:
         return (*plan.reads_host, experts)
     return plan.reads_host
+
+
+def prepared_by(role: Role) -> str | None:
+    """The op whose kernel says how a role's matrices are stored; None for what stays as it is loaded.
+
+    Ops for several linear layers at once take weights as `linear` does.
+    """
+    if role in EXPERT_ROLES:
+        return "routed_experts"
+    if role is Role.WO_A:
+        return "wo_a"
+    return "linear" if role in LINEAR_LAYER_ROLES else None

@@ -18,7 +18,7 @@ from fourfold.core.errors import ConfigError
 from fourfold.core.parameters import EXPERT_ROLES, parameters
 from fourfold.core.tensor import Weight, named_dtype
 from fourfold.dist.comm import SingleComm
-from fourfold.engine.kernel_plan import plan_kernels
+from fourfold.engine.kernel_plan import plan_kernels, prepared_by
 from fourfold.engine.streams import beside
 from fourfold.engine.verdicts import Verdicts
 from fourfold.model.v4 import DeepseekV4
@@ -159,7 +159,8 @@ def _plan(
 
 
 def prepare(weights: dict[str, Weight], model: ModelConfig, plan: KernelPlan) -> None:
-    """Store routed experts as the kernel chosen for them wants them."""
+    """Store matrices as the kernels chosen for them want them."""
     for spec in parameters(model):
-        if spec.role in EXPERT_ROLES:
-            weights[spec.name] = plan.prepare("routed_experts", weights[spec.name])
+        op = prepared_by(spec.role)
+        if op is not None:
+            weights[spec.name] = plan.prepare(op, weights[spec.name])

@@ -30,6 +30,8 @@ from fourfold.ops.sampling import random_streams
 from fourfold.ops.step import Columns, Seats, StepLayout
 
 MAX_STOPS = MAX_STOP_TOKENS + 1  # the end-of-sequence token too
+# Kernels are compiled for how many stop tokens a step looks at: a step looks at few or at all of them.
+STOP_WIDTHS = (2, MAX_STOPS)
 MAX_TOP_K = 1 << 31  # no vocabulary is larger
 
 
@@ -77,7 +79,7 @@ class SlotTable:
             min_p=floats(),
         )
         self._pages = [0] * num_slots  # how many of a slot's are written
-        self._most_stops = 1
+        self._stops = STOP_WIDTHS[0]
         self._seats: Seats | None = None
 
     def enter(self, sequences: Seq[Sequence]) -> None:
@@ -96,7 +98,8 @@ class SlotTable:
             rows.append([s.state_slot, s.num_computed_tokens, end, seed, top_k, *tokens, *stops])
             fractions.append([p.temperature, p.top_p, p.min_p])
             self._pages[s.state_slot] = 0
-            self._most_stops = max(self._most_stops, len(s.stop_ids))
+            if len(s.stop_ids) > self._stops:
+                self._stops = MAX_STOPS
         self._seats = None
         numbers = np.array(rows, np.int64)
         slots, whole = to_device([numbers[:, 0], numbers[:, 1:]], self.device)
@@ -133,7 +136,7 @@ class SlotTable:
         """The runs of a step in `slots [S]`, which may be the last step's."""
         last = self._seats
         if last is None or last.step is not step or last.slots is not slots:
-            last = self._seats = self.seats(step, slots, self._most_stops)
+            last = self._seats = self.seats(step, slots, self._stops)
         return last
 
     def seats(self, step: StepLayout, slots: Tensor, stops: int = MAX_STOPS) -> Seats:

@@ -15,7 +15,12 @@ from fourfold.core.device import Device, Feature
 from fourfold.ops.registry import Kernel
 
 _FAMILY_NEEDS = MappingProxyType(
-    {"triton": Feature.TRITON, "nvidia": Feature.TRITON, "amd": Feature.TRITON}
+    {
+        "cpu": Feature.CPU,
+        "triton": Feature.TRITON,
+        "nvidia": Feature.TRITON,
+        "amd": Feature.TRITON,
+    }
 )
 
 

@@ -8,15 +8,18 @@ back as a `Compiled` with the reason; nothing is raised for a single variant.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from fourfold.kernels.store import counted
 from fourfold.kernels.targets import triton_target
 from fourfold.kernels.variants import Variant
 
+FEW = 8  # variants that are compiled sooner than another process has started
 _REGISTERS_A_BLOCK = 65_536  # NVIDIA: of all threads of a block
 _TENSOR_MEMORY = 512  # columns
 # ELF: the kernel's code is `.text.NAME`; the attributes of each function stand in `.nv.info`.
@@ -57,7 +61,7 @@ class Resources:
         if self.shared > arch.shared_memory:
             found.append(f"shared memory {self.shared:,} of {arch.shared_memory:,} bytes")
         threads = self.num_warps * arch.wave_size
-        if arch.wave_size == 32 and self.registers * threads > _REGISTERS_A_BLOCK:
+        if arch.name.startswith("sm_") and self.registers * threads > _REGISTERS_A_BLOCK:
             found.append(f"{self.registers} registers for each of {threads} threads")
         if self.tensor_memory > _TENSOR_MEMORY:
             found.append(f"{self.tensor_memory} of {_TENSOR_MEMORY} columns of tensor memory")
@@ -167,20 +171,56 @@ def compile_variant(variant: Variant, arch: Arch) -> Compiled:
     return Compiled(variant, arch.name, took, needs, needs.excess(arch), all(hits), binary.hash)
 
 
-def compile_here(variants: Iterable[Variant], arch: Arch, threads: int) -> int:
-    """Compile `variants` into Triton's cache in threads of this process; how many were not there.
+def compile_here(variants: Iterable[Variant], arch: Arch, processes: int) -> int:
+    """Compile into Triton's cache those of `variants` that it lacks; how many these were.
 
-    What does not compile is left to fail where it is launched. The compiler leaves most of its work to
-    code that holds no interpreter lock.
+    A few in this process; more in others, as the compiler holds the interpreter's lock for half of its
+    work. What does not compile is left to fail where it is launched.
     """
+    left: list[Variant] = []
 
     def one(variant: Variant) -> None:
+        if len(counts.compiled) >= FEW:
+            left.append(variant)
+        else:
+            compile_quietly([variant], arch)
+
+    with counted() as counts, ThreadPoolExecutor(min(processes, 4)) as pool:
+        list(pool.map(one, variants))
+    shares = [left[n::processes] for n in range(min(processes, len(left)))]
+    with ThreadPoolExecutor(len(shares) or 1) as pool:
+        new = sum(pool.map(lambda share: _in_helper(share, arch), shares))
+    return len(counts.compiled) + new
+
+
+def compile_quietly(variants: Iterable[Variant], arch: Arch) -> None:
+    """Compile `variants` as far as they compile."""
+    for variant in variants:
         with contextlib.suppress(*_COMPILER_ERRORS):
             compiled_binary(variant, arch)
 
-    with counted() as counts, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, variants))
-    return len(counts.compiled)
+
+def _in_helper(variants: Sequence[Variant], arch: Arch) -> int:
+    """Compile in a process of its own; how many were new. It is not one of `multiprocessing`, which would
+    run the caller's main module again."""
+    # Variants are tuples of names and numbers: Python literals.
+    work = repr((arch.name, knobs.cache.dir, [astuple(variant) for variant in variants]))
+    done = subprocess.run(
+        [sys.executable, "-m", "fourfold.kernels.compile"],
+        input=work.encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return int(done.stdout) if done.returncode == 0 else 0
+
+
+def help_out() -> None:
+    """What a helper does: compile what stdin holds, print how much of it was new."""
+    arch, knobs.cache.dir, variants = ast.literal_eval(sys.stdin.buffer.read().decode())
+    with counted() as counts:
+        compile_quietly((Variant(*each) for each in variants), ARCHS[arch])
+    sys.stdout.write(str(len(counts.compiled)))
 
 
 def _reason(error: BaseException) -> str:
@@ -243,3 +283,7 @@ def compile_all(
             else:
                 keep(number, alone.result())
     return [results[number] for number in range(len(wanted))]
+
+
+if __name__ == "__main__":
+    help_out()

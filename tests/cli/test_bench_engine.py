@@ -34,7 +34,7 @@ def test_decode(tmp_path: Path, drafts: str) -> None:
     found = document(result, file)
     assert [each["batch"] for each in found["results"]] == [1, 3]
     assert {choice["op"] for choice in found["plan"]} >= {"linear", "sparse_attention"}
-    assert found["weight_bytes"] == found["checkpoint_bytes"]
+    assert found["weight_bytes"] > 4 * found["checkpoint_bytes"]  # codes became numbers
     for each in found["results"]:
         assert len(each["steady_ms_of_each_step"]) == 2
         assert 0 < each["fraction_of_roofline"] < 1
@@ -69,9 +69,13 @@ def test_op(tmp_path: Path, words: tuple[str, ...]) -> None:
     result = call("op", *words, "--tokens", "1,3", "--device", "cpu", "--json", str(file))
     about, *found = document(result, file)
     assert about["copy_TB_s"] > 0
-    assert [each["tokens"] for each in found] == [1, 3]
-    assert all(each["us"] > 0 and each["kernel"] == "body" for each in found)
-    assert len(result.stdout.splitlines()) == 3
+    assert sorted({each["tokens"] for each in found}) == [1, 3]
+    # Of wo_a all forms are measured.
+    kernels = {"cpu", "body"} if words[0] == "wo_a" else {"cpu"}
+    assert {each["kernel"] for each in found} == kernels
+    assert len(found) == 2 * len(kernels)
+    assert all(each["us"] > 0 for each in found)
+    assert len(result.stdout.splitlines()) == 1 + len(found)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_op(tmp_path: Path, words: tuple[str, ...]) -> None:
         (("decode", *TINY, "--batch", "1", "--kernel", "linear=nope"), "no such kernel"),
         (("op", "softmax"), "bench op measures"),
         (("op", "linear", "--shape", "3", "--device", "cpu"), "--shape must be NxK"),
-        (("op", "linear", "--kernel", "nope", "--device", "cpu"), "linear has body"),
+        (("op", "linear", "--kernel", "nope", "--device", "cpu"), "linear has cpu, body"),
     ],
 )
 def test_mistakes_are_named(words: tuple[str, ...], expected: str) -> None:

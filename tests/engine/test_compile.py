@@ -6,17 +6,23 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from click.testing import CliRunner
 
+from fourfold.cache.image import StateImage
 from fourfold.cli import main
 from fourfold.core.config import EngineConfig
 from fourfold.core.device import ARCHS
 from fourfold.core.errors import KernelError
+from fourfold.core.request import MAX_LOGPROBS, MAX_STOP_TOKENS, Request, SamplingParams
 from fourfold.core.tensor import QuantTensor
 from fourfold.engine.compile import (
     Collector,
@@ -25,6 +31,9 @@ from fourfold.engine.compile import (
     subject_of_geometry,
     token_counts,
 )
+from fourfold.engine.scheduler import Restoring, Step
+from fourfold.engine.sequence import Run
+from fourfold.engine.sequence import Sequence as Running
 from fourfold.ops.step import Key
 from fourfold.weights.locate import locate
 from fourfold.weights.synthetic import write_checkpoint
@@ -57,6 +66,97 @@ def test_no_batch_needs_a_variant_that_was_not_compiled(name: str) -> None:
     met = Collector(subject, ARCHS[name], engine).collect(random_steps(60))
     missing = {each.variant.name for each in met if each.variant not in known}
     assert not missing, f"specialised on what varies from batch to batch: {', '.join(missing)}"
+
+
+class Mask:
+    """Allows anything, and never says so in advance."""
+
+    failure, open_for = None, 0
+
+    def __init__(self, vocabulary: int):
+        self._words = -(-vocabulary // 32)
+
+    def allowed(self, drafts: Sequence[int]) -> npt.NDArray[np.int32]:
+        return np.full((1 + len(drafts), self._words), -1, np.int32)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        raise AssertionError("no token comes from a device without data")
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    """Mostly plain ones, and anything that can be asked for."""
+
+    def sometimes(asked: Any, plain: Any) -> Any:
+        return asked if rng.random() < 0.2 else plain
+
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.7]),
+        top_p=sometimes(0.9, 1.0),
+        top_k=sometimes(40, 0),
+        min_p=sometimes(0.1, 0.0),
+        max_tokens=1000,
+        min_tokens=sometimes(1000, 0),
+        presence_penalty=sometimes(0.5, 0.0),
+        frequency_penalty=sometimes(0.5, 0.0),
+        repetition_penalty=sometimes(1.2, 1.0),
+        logit_bias=sometimes(dict.fromkeys(range(rng.randrange(1, 40)), 1.0), {}),
+        logprobs=sometimes(rng.randrange(MAX_LOGPROBS + 1), None),
+        prompt_logprobs=sometimes(rng.randrange(MAX_LOGPROBS + 1), None),
+    )
+
+
+def random_runs(rng: random.Random, drafts: int, vocabulary: int) -> tuple[Run, ...]:
+    """A step's: decodes with and without drafts, chunks of prompts, everything requests ask for."""
+    runs: list[Run] = []
+    for number in range(rng.choice([1, 1, 2, 3, 16, rng.randrange(1, 65)])):
+        if sum(run.count for run in runs) > 1800:
+            break
+        prompt = tuple(rng.randrange(vocabulary) for _ in range(rng.randrange(1, 200)))
+        request = Request(str(number), prompt, random_params(rng))
+        decodes = rng.random() < 0.7
+        output = [rng.randrange(vocabulary) for _ in range(rng.randrange(1, 20) * decodes)]
+        stops = tuple(range(rng.choice([0, 1, 1, 2, 3, rng.randrange(MAX_STOP_TOKENS + 2)])))
+        sequence = Running(request, number, 0, 0, 1000, stops, b"", [*prompt, *output])
+        sequence.block_ids, sequence.state_slot = array("q", range(8)), number % 4
+        sequence.mask = Mask(vocabulary) if rng.random() < 0.1 else None
+        if decodes:
+            k = rng.randrange(drafts + 1)
+            sequence.drafts = [5] * k
+            runs.append(Run(sequence, len(sequence.token_ids) - 1, 1 + k, True, k, True))
+        else:
+            begin = rng.randrange(len(prompt))
+            count = rng.randrange(1, len(prompt) - begin + 1)
+            runs.append(Run(sequence, begin, count, begin + count == len(prompt)))
+    return tuple(runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "drafts"), [("sm_90", 2), pytest.param("gfx942", 0, marks=pytest.mark.slow)]
+)
+def test_no_request_needs_a_variant_that_was_not_compiled(
+    name: str, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it asks for, beside whatever others ask for: whole steps, as the engine launches them."""
+    from fourfold.kernels.variants import record
+
+    subject = subject_of_geometry("tiny")
+    engine = EngineConfig(model="tiny", num_speculative_tokens=drafts)
+    collector = Collector(subject, ARCHS[name], engine)
+    known = {each.variant for each in collector.collect(steps(engine, token_counts(2048)))}
+    runner, rng = Collector(subject, ARCHS[name], engine).runner, random.Random(2)
+    monkeypatch.setattr(runner, "_home", lambda tensor: tensor)
+    monkeypatch.setattr("fourfold.engine.runner.restore", lambda *image: None)
+    with record(ARCHS[name]) as met:
+        for _ in range(80):
+            runs = random_runs(rng, drafts, subject.config.vocab_size)
+            resumed = (run.sequence for run in runs if run.begin and rng.random() < 0.3)
+            image = StateImage(1, 0, (), torch.empty(0))
+            restorings = tuple(Restoring(sequence, image, 0) for sequence in resumed)
+            runner.enter(Step((), tuple(run.sequence for run in runs), (), restorings, runs))
+            runner.launch(runs)
+    missing = {each.name for each in met if each not in known}
+    assert len(met) > 20
+    assert not missing, f"specialised on what requests ask for: {', '.join(missing)}"
 
 
 def test_every_size_up_to_the_largest_is_between_two_that_are_tried() -> None:
@@ -138,11 +238,37 @@ def test_another_builds_store_is_refused_by_name(tmp_path: Path) -> None:
         store.check(tmp_path, arch)
 
 
+def test_the_table_of_kernels_and_targets() -> None:
+    from fourfold.engine.compile_report import Report, Row, as_json, matrix
+    from fourfold.kernels.compile import Compiled
+    from fourfold.kernels.variants import Variant
+
+    def report(target: str, *faults: str) -> Report:
+        options = (("num_warps", 4), ("num_stages", 1))
+        rows = tuple(
+            Row(
+                "linear=a",
+                Compiled(Variant("m", "_product", (), (), (), options), target, 0, error=e),
+            )
+            for e in faults
+        )
+        return Report("flash", ARCHS[target], "plan", rows, 0.0)
+
+    reports = [report("sm_90", "", ""), report("gfx942", "", "too large"), report("gfx950")]
+    head, line = matrix(reports).splitlines()
+    assert head.split() == ["sm_90", "gfx942", "gfx950"]
+    assert line.split() == ["linear=a", "_product", "2", "1", "of", "2", "-"]
+    assert "too large" in reports[1].summary()
+    assert reports[1].table().splitlines()[1].split()[:3] == ["linear=a", "_product", "2"]
+    found = json.loads(as_json(reports))
+    assert [each["target"] for each in found] == ["sm_90", "gfx942", "gfx950"]
+    assert [v["error"] for v in found[1]["variants"]] == [None, "too large"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--geometry", "tiny", "--target", "gfx7"], "no such target; there are sm_80"),
-        (["--target", "sm_90"], "give either MODEL or --geometry"),
         (["model", "--geometry", "tiny", "--target", "sm_90"], "give either MODEL or --geometry"),
         (["--geometry", "tiny", "--target", "sm_90", "--kernel", "linear=x"], "no such kernel"),
     ],

@@ -13,7 +13,8 @@ import pytest
 
 from fourfold.core.request import Grammar, Request
 from fourfold.engine.engine import Engine
-from fourfold.engine.graphs import DecodeGraph, DecodeGraphs, capture_sizes
+from fourfold.engine.graphs import DecodeGraph, DecodeGraphs
+from fourfold.engine.workspace import capture_sizes
 from tests.engine.test_masks import PARAMS, VOCAB, loaded, start
 from tests.support import prompts
 

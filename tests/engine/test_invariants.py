@@ -21,6 +21,7 @@ from fourfold.core.client import StepInfo
 from fourfold.core.config import CacheConfig, EngineConfig
 from fourfold.core.device import detect
 from fourfold.core.request import FinishReason, Request, RequestOutput, SamplingParams
+from fourfold.engine import runner
 from fourfold.engine.engine import Engine
 from fourfold.engine.loading import LoadedModel, load_model
 from fourfold.weights.locate import locate
@@ -398,9 +399,16 @@ def test_prompt_logprobs_do_not_depend_on_chunks(loaded: LoadedModel) -> None:
     tokens = prompts(192, (130,), 11)[0]
     params = replace(PARAMS, prompt_logprobs=3, logprobs=2)
     seen = []
-    for budget, overlap in ((400, False), (17, False), (17, True)):
+    for budget, overlap, rows in (
+        (400, False, 256),
+        (400, False, 7),
+        (17, False, 7),
+        (17, True, 256),
+    ):
         engine = start(loaded, overlap=overlap, max_num_batched_tokens=budget)
-        first = collect(engine, [(tokens, params)])[0].first
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "PROMPT_LOGPROB_ROWS", rows)
+            first = collect(engine, [(tokens, params)])[0].first
         assert first.prompt_logprobs[0] is None
         assert len(first.prompt_logprobs) == 130
         assert [e.token_id for e in first.prompt_logprobs[1:]] == tokens[1:]

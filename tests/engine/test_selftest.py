@@ -325,5 +325,7 @@ def test_the_report_is_a_table_and_a_document() -> None:
     assert {c["outcome"] for c in data["checks"]} == {"passed"}
     done = call("selftest", "--device", "cpu")
     assert "sparse_attention" in done.stdout
-    assert done.stdout.strip().splitlines()[-1].startswith("CPU (cpu): ")
+    *_, verdict, kept = done.stdout.strip().splitlines()
+    assert verdict.startswith("CPU (cpu): ")
+    assert kept.startswith("kept in ")
     assert call("selftest", "--device", "cuda:9").exit_code == 2

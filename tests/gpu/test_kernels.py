@@ -18,6 +18,7 @@ from fourfold.ops.linear import linear as linear_body
 from fourfold.ops.registry import CaseMaker, Kernel, KernelPlan
 from fourfold.quant.fp8_block import FP8_BLOCK
 from fourfold.quant.mxfp4 import MXFP4
+from tests.kernels.given import assert_spared
 from tests.ops.test_definitions import tensors
 
 pytestmark = [
@@ -68,6 +69,7 @@ def test_kernel_equals_body_on_the_ops_cases(kernel: Kernel, dtype: torch.dtype)
             arguments = copy.deepcopy(dict(case.arguments))
             poison()
             out = getattr(plan, op.name)(**arguments)
+            assert_spared(op, arguments, dict(case.arguments))
             results.append([*tensors(out), *tensors([arguments[w] for w in op.writes])])
         for a, b in zip(*results, strict=True):
             if a.dtype == torch.uint8:  # FP8 rows: a code may flip on a rounding tie

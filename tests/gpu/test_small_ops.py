@@ -23,6 +23,7 @@ from fourfold.ops.rope import inverse_frequencies
 from fourfold.ops.rows import read_rows
 from fourfold.ops.sampling import Adjustments, SamplingRows
 from fourfold.quant.fp8_block import FP8_BLOCK
+from tests.kernels.given import kept
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,7 +73,7 @@ def test_hyper_connections() -> None:
     here, z, streams = site(), randn(4097, D), randn(4097, S, D, scale=3.0)
     post = torch.rand(4097, S, device="cuda") * 2
     comb = sinkhorn(torch.randn(4097, S, S, device="cuda"), 20, 1e-6)
-    run = chosen("hc_post_pre")
+    run = kept(chosen("hc_post_pre"))
     poison()
     whole = run(BODIES, z, streams, post, comb, here)
     expected = BODIES.hc_post_pre(z, streams, post, comb, here)
@@ -82,7 +83,7 @@ def test_hyper_connections() -> None:
         poison()
         some = run(BODIES, z[part], streams[part], post[part], comb[part], here)
         assert all(torch.equal(a, b[part]) for a, b in zip(some, whole, strict=True)), part
-    new = chosen("hc_post")(z, streams, post, comb)
+    new = kept(chosen("hc_post"))(z, streams, post, comb)
     steps = (new, *chosen("hc_pre")(new, here))
     assert all(torch.equal(a, b) for a, b in zip(steps, whole, strict=True))
     head = (torch.randn(S, S * D, device="cuda") * 0.01, torch.randn(S, device="cuda"))
@@ -102,10 +103,10 @@ def test_norms_and_rotary() -> None:
     )
     for run, body, tokens, rest in cases:
         poison()
-        whole = run(*tokens, *rest)
+        whole = kept(run)(*tokens, *rest)
         near(whole, body(*tokens, *rest))
         for part in slices():
-            assert torch.equal(run(*(t[part] for t in tokens), *rest), whole[part])
+            assert torch.equal(kept(run)(*(t[part] for t in tokens), *rest), whole[part])
 
 
 @pytest.mark.parametrize("kind", list(RowKind), ids=str)
@@ -207,6 +208,7 @@ def test_kernels_that_start_early_wait_for_what_they_read() -> None:
 
     def chain(inputs: tuple[Tensor, ...], early: bool) -> list[Tensor]:
         z, streams, post, comb, positions = inputs
+        streams = streams.clone()
         run = {name: chosen(name, early=early) for name in names}
         slots = torch.arange(z.shape[0], device="cuda")
         pages, seen = RowPages.zeros(format, 1, z.shape[0], z.device), []
@@ -218,7 +220,7 @@ def test_kernels_that_start_early_wait_for_what_they_read() -> None:
             x = z[:, :DIM].contiguous()
             rows = run["norm_rope_rows"](x, weight[:DIM], positions, frequencies, 1e-6, format)
             run["store_rows"](pages, rows, slots)
-            seen += [z, streams, pages.storage.clone()]
+            seen += [z, streams.clone(), pages.storage.clone()]
         return seen
 
     for count in (1, 40, 700):
@@ -285,7 +287,7 @@ def test_wo_a(name: str) -> None:
     """G = 8, K = 4096, N = 1024. The FP8 forms round activations: their error is that of rounding."""
     attended, weight = randn(4097, 64, DIM), fp8_weight(8192, 4096)
     positions = torch.randint(1 << 20, (4097,), device="cuda")
-    frequencies, run = inverse_frequencies(ROPE, 1.6e5, None).cuda(), chosen("wo_a", name)
+    frequencies, run = inverse_frequencies(ROPE, 1.6e5, None).cuda(), kept(chosen("wo_a", name))
     poison()
     whole = run(attended, weight, positions, frequencies)
     part = slice(1000, 1600)

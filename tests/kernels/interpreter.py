@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import CaseMaker, Kernel, KernelPlan
+from tests.kernels.given import assert_spared
 from tests.ops.test_definitions import tensors
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -137,7 +138,8 @@ def assert_close(got: Any, expected: Any, tolerance: float, where: str = "") -> 
 def assert_equals_body(
     kernel: Kernel, dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)
 ) -> None:
-    """The kernel against its op's body over the op's cases, outputs poisoned first."""
+    """The kernel against its op's body over the op's cases, outputs poisoned first; what it is given
+    and neither writes nor consumes stays as it is."""
     op = next(o for o in OPS if o.name == kernel.op)
     plan = KernelPlan(OPS, {kernel.op: kernel}, ())
     bodies = KernelPlan.bodies(OPS)
@@ -150,6 +152,7 @@ def assert_equals_body(
             if op.writes:
                 got = [got, *(ours[w] for w in op.writes)]
                 expected = [expected, *(theirs[w] for w in op.writes)]
+            assert_spared(op, ours, theirs)
             where = f"{kernel.op}={kernel.name} {case.name} {dtype}"
             assert_close(got, expected, op.tolerance.of(dtype), where)
 

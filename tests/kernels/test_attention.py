@@ -16,6 +16,7 @@ from fourfold.core.rows import RowPages
 from fourfold.ops.attention import sparse_attention as body
 from tests.kernels import interpreter
 from tests.kernels.cached import PADDING, Cached
+from tests.kernels.given import kept
 from tests.kernels.interpreter import (
     assert_close,
     assert_equals_body,
@@ -134,7 +135,7 @@ def test_heads_across_and_all_loads_first(name: str) -> None:
 @interpreted
 def test_not_a_number_stays_in_its_token_and_head() -> None:
     cached = sequence(FP8, "CSA", 200, torch.float32)
-    run, arguments = kernel(), cached.step([(200, 6)])
+    run, arguments = kept(kernel()), cached.step([(200, 6)])
     clean = run(**arguments, split=False)
     arguments["q"][2, 1, 5] = float("nan")
     for split in (False, True):
@@ -145,12 +146,24 @@ def test_not_a_number_stays_in_its_token_and_head() -> None:
 
 
 @interpreted
+def test_the_output_lies_where_the_queries_lay() -> None:
+    """In every launch form, with more heads than a program takes."""
+    cached = Cached.make(5, base=200, heads=19, kind=FP8, topk=21, dtype=torch.bfloat16)
+    for split, dense in ((False, False), (True, False), (False, True)):
+        arguments = cached.step([(200, 5)])
+        expected = body(**arguments)
+        got = kernel()(**arguments, split=split, dense=dense)
+        assert got.data_ptr() == arguments["q"].data_ptr()
+        assert_close(got, expected, 1.6e-2)
+
+
+@interpreted
 def test_a_sink_of_minus_infinity_takes_nothing() -> None:
     cached = sequence(PLAIN, "HCA", 300, torch.float32)
     arguments = cached.step([(300, 3)])
     arguments["sink"] = torch.tensor([float("-inf"), 1e4, -1e4, 0.0])
     for split in (False, True):
-        assert_close(kernel()(**arguments, split=split), body(**arguments), 2e-5)
+        assert_close(kept(kernel())(**arguments, split=split), body(**arguments), 2e-5)
 
 
 @interpreted

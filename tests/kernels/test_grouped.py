@@ -12,6 +12,7 @@ from fourfold.ops.registry import Kernel
 from fourfold.ops.rope import inverse_frequencies, rotate
 from fourfold.quant.fp8_block import FP8_BLOCK
 from tests.kernels import interpreter
+from tests.kernels.given import kept
 from tests.kernels.interpreter import (
     assert_close,
     assert_equals_body,
@@ -59,7 +60,7 @@ SHAPES = [(4, 128, 40, "e8m0"), (4, 128, 128, "f32"), (6, 112, 24, "e8m0")]
 def test_fp8_weights_are_the_numbers_they_stand_for(shape: tuple[int, int, int, str]) -> None:
     """Against the body, and bit for bit the same as with the weight dequantised beforehand."""
     attended, weight, positions, frequencies = case(5, *shape)
-    run = kernels()["einsum"].run
+    run = kept(kernels()["einsum"].run)
     with poisoned():
         got = run(attended, weight, positions, frequencies)
     assert_close(got, body(attended, weight, positions, frequencies), 1.6e-2)
@@ -71,7 +72,7 @@ def test_fp8_weights_are_the_numbers_they_stand_for(shape: tuple[int, int, int, 
 @pytest.mark.parametrize("name", ["einsum", "fp8_batched", "fp8_loop"])
 def test_a_token_does_not_depend_on_the_batch(name: str) -> None:
     attended, weight, positions, frequencies = case(70, 4, 128, 128, "e8m0")
-    run = kernels()[name].run
+    run = kept(kernels()[name].run)
     whole = run(attended, weight, positions, frequencies)
     for part in (slice(3, 4), slice(2, 40)):
         assert torch.equal(run(attended[part], weight, positions[part], frequencies), whole[part])
@@ -81,7 +82,7 @@ def test_a_token_does_not_depend_on_the_batch(name: str) -> None:
 @pytest.mark.parametrize("name", ["fp8_batched", "fp8_loop"])
 def test_fp8_forms_round_activations_per_128_and_nothing_else(name: str) -> None:
     attended, weight, positions, frequencies = case(6, 4, 128, 128, "e8m0")
-    got = kernels()[name].run(attended, weight, positions, frequencies)
+    got = kept(kernels()[name].run)(attended, weight, positions, frequencies)
     turned = rotate(attended, positions, frequencies, inverse=True).flatten(1)
     rounded = dequantize_fp8_groups(*quantize_fp8_groups(turned, 128), 128, torch.float32)
     matrix: Weight = weight.dequantize(torch.float32).unflatten(0, (2, -1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -50,21 +52,38 @@ def test_equals_the_body_on_the_ops_cases(module: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("decoded", [False, True])
 @pytest.mark.parametrize("shape", [(200, 300), (64, 1024)], ids=str)
-def test_fp8_at_ragged_sizes_alone_and_in_a_batch(shape: tuple[int, int]) -> None:
-    """Bit for bit: in a split pass, and with the number of tokens a split ends at set to 0."""
+def test_fp8_at_ragged_sizes_alone_and_in_a_batch(shape: tuple[int, int], decoded: bool) -> None:
+    """Bit for bit: in a split pass, and with the number of tokens a split ends at set to 0; with codes that
+    the device reads, and with codes that integers decode."""
     from fourfold.kernels.triton import linear
 
+    run = partial(linear.linear, decoded=decoded)
     weight, x = fp8(*shape), torch.randn(70, shape[1]).bfloat16()
+    weight.codes[:16] = torch.arange(16, dtype=torch.uint8).unsqueeze(
+        1
+    )  # below the normal codes too
     with poisoned():
-        whole = linear.linear(x, weight)
+        whole = run(x, weight)
     assert_close(whole, body("linear")(x, weight), 1.6e-2)
     for part in (slice(3, 4), slice(3, 20)):
-        assert torch.equal(linear.linear(x[part], weight), whole[part])
+        assert torch.equal(run(x[part], weight), whole[part])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "FEW_TOKENS", 0)
         with poisoned():
-            assert torch.equal(linear.linear(x, weight), whole)
+            assert torch.equal(run(x, weight), whole)
+
+
+@interpreted
+def test_codes_made_by_integers_are_those_of_a_cast() -> None:
+    from fourfold.kernels.triton import linear
+
+    x = torch.cat([torch.randn(20, 384) * 3, torch.randn(20, 384) * torch.rand(384) ** 9])
+    x[3], x[5, 7], x[6, 9] = 0, float("inf"), float("nan")
+    made = (linear.quantize_activations(x.bfloat16(), decoded=decoded) for decoded in (True, False))
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @interpreted
@@ -106,9 +125,10 @@ def test_experts_of_a_half_with_absent_ones(make: object) -> None:
     assert callable(make)
     y, ids = torch.randn(9, 160).bfloat16(), torch.randint(8, (9, 3))
     weights, experts = torch.rand(9, 3), (make(4, 96, 160), make(4, 160, 96), make(4, 96, 160))
-    with poisoned():
-        got = moe.routed_experts(y, ids, weights, *experts, 2.0, 3)
-    assert_close(got, experts_body(y, ids, weights, *experts, 2.0, 3), 1.6e-2)
+    for decoded in (False, True):
+        with poisoned():
+            got = moe.routed_experts(y, ids, weights, *experts, 2.0, 3, decoded=decoded)
+        assert_close(got, experts_body(y, ids, weights, *experts, 2.0, 3), 1.6e-2)
 
 
 @interpreted

@@ -9,7 +9,9 @@ from torch import Tensor
 from fourfold.ops.mhc import Site, hc_post_pre, sinkhorn
 from fourfold.ops.registry import Kernel
 from tests.kernels import interpreter
+from tests.kernels.given import kept
 from tests.kernels.interpreter import assert_close, assert_equals_body, driver, interpreted
+from tests.support import BODIES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full
@@ -47,32 +49,62 @@ def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
     from fourfold.kernels.triton import mhc
 
     arguments, site = inputs(20, 100)
-    whole = mhc.hc_post_pre(None, *arguments, site)
+    run = kept(mhc.hc_post_pre)
+    whole = run(None, *arguments, site)
     for part in (slice(3, 4), slice(2, 19)):
-        some = mhc.hc_post_pre(None, *(a[part] for a in arguments), site)
+        some = run(None, *(a[part] for a in arguments), site)
         assert all(torch.equal(a, b[part]) for a, b in zip(some, whole, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mhc, "MANY_TOKENS", 0)
         patch.setattr(mhc, "FEW_TOKENS", 0)
-        walked = mhc.hc_post_pre(None, *arguments, site)
+        walked = run(None, *arguments, site)
     assert all(torch.equal(a, b) for a, b in zip(walked, whole, strict=True))
-    new = mhc.hc_post(*arguments)
+    new = kept(mhc.hc_post)(*arguments)
     steps = (new, *mhc.hc_pre(new, site))
     assert all(torch.equal(a, b) for a, b in zip(steps, whole, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_streams_that_are_one_memory_are_read_as_several(tokens: int) -> None:
+    """As in front of the first layer: the same bits, and the memory stays as it was."""
+    from fourfold.kernels.triton import mhc
+
+    (z, streams, post, comb), site = inputs(tokens, 100)
+    one = streams[:, :1].clone()
+    same, copies = one.expand(-1, 4, -1), one.repeat(1, 4, 1)
+    for a, b in zip(mhc.hc_pre(same, site), mhc.hc_pre(copies, site), strict=True):
+        assert torch.equal(a, b)
+    got = mhc.hc_post_pre(None, z, same, post, comb, site)
+    assert torch.equal(one, streams[:, :1])
+    for a, b in zip(got, mhc.hc_post_pre(None, z, copies, post, comb, site), strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_new_streams_of_many_tokens_lie_where_the_given_ones_lay() -> None:
+    from fourfold.kernels.triton import mhc
+
+    for tokens, here in ((3, False), (20, True)):
+        (z, streams, post, comb), site = inputs(tokens, 100)
+        expected = hc_post_pre.body(BODIES, z, streams, post, comb, site)
+        got = mhc.hc_post_pre(None, z, streams, post, comb, site)
+        assert (got[0].data_ptr() == streams.data_ptr()) is here
+        for a, b in zip(got, expected, strict=True):
+            assert_close(a, b, 1.6e-2)
 
 
 @interpreted
 def test_not_a_number_and_huge_streams_stay_with_their_token() -> None:
     from fourfold.kernels.triton import mhc
     from tests.kernels.interpreter import poisoned
-    from tests.support import BODIES
 
     (z, streams, post, comb), site = inputs(9, 70)
-    clean = mhc.hc_post_pre(None, z, streams, post, comb, site)
+    clean = kept(mhc.hc_post_pre)(None, z, streams, post, comb, site)
     streams, z = streams.clone(), z.clone()
     streams[2, 1, 5], z[4, 69], streams[7] = float("nan"), float("inf"), 1e15
     with poisoned():
-        got = mhc.hc_post_pre(None, z, streams, post, comb, site)
+        got = kept(mhc.hc_post_pre)(None, z, streams, post, comb, site)
     touched = torch.zeros(9, dtype=torch.bool)
     touched[[2, 4, 7]] = True
     for a, b in zip(got, clean, strict=True):

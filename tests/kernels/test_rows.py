@@ -9,8 +9,9 @@ from fourfold.core.row_format import RowFormat, RowKind
 from fourfold.ops.norm import query_norm_rope
 from fourfold.ops.quantize import encode_fp8
 from fourfold.ops.registry import Kernel
-from fourfold.ops.rope import inverse_frequencies
+from fourfold.ops.rope import inverse_frequencies, rotate
 from tests.kernels import interpreter
+from tests.kernels.given import kept
 from tests.kernels.interpreter import (
     assert_close,
     assert_equals_body,
@@ -81,7 +82,7 @@ def test_rows_alone_and_in_a_batch_with_what_is_not_finite(kind: RowKind) -> Non
 
 @interpreted
 def test_queries_alone_and_in_a_batch_at_far_positions() -> None:
-    run = kernels()["query_norm_rope"].run
+    run = kept(kernels()["query_norm_rope"].run)
     q = torch.randn(6, 5, 48).bfloat16() * 7
     positions = torch.tensor([0, 1, 1000, 65535, 999999, 1048575])
     frequencies = inverse_frequencies(16, 10000.0, None)
@@ -92,6 +93,21 @@ def test_queries_alone_and_in_a_batch_at_far_positions() -> None:
         alone = run(q[part], positions[part], frequencies, 1e-6)
         assert torch.equal(alone.view(torch.int16), whole[part].view(torch.int16))
     assert_close(whole, query_norm_rope(q, positions, frequencies, 1e-6), 1.6e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("heads", [1, 5])
+def test_heads_are_turned_where_they_lie(heads: int) -> None:
+    positions, frequencies = torch.arange(6) * 999, inverse_frequencies(16, 10000.0, None)
+    q = torch.randn(6, heads, 48).bfloat16()
+    for name, definition, rest in (
+        ("query_norm_rope", query_norm_rope, (1e-6,)),
+        ("rotate", rotate, (True,)),
+    ):
+        expected = definition(q, positions, frequencies, *rest)
+        got = kernels()[name].run(q, positions, frequencies, *rest)
+        assert got.data_ptr() == q.data_ptr()
+        assert_close(got, expected, 1.6e-2)
 
 
 @interpreted

@@ -41,3 +41,20 @@ def test_a_launch_finds_what_was_compiled_ahead(arch: str, size: int, store: Pat
         rms_norm(*arguments)
     assert counts.compiled == []
     assert len(counts.found) == len(variants) == 1
+
+
+def test_what_many_processes_compile_is_found(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first go to helpers, whose cache is this one; a second time there is nothing to do."""
+    from fourfold.kernels import compile as compiling
+    from fourfold.kernels.triton.norm import rms_norm
+    from fourfold.kernels.variants import record
+
+    arch = ARCHS["gfx942"]
+    with record(arch) as variants:
+        for size in (64, 200, 256):
+            rms_norm(torch.zeros(3, size), torch.zeros(size), 1e-6)
+    assert len(variants) == 3
+    monkeypatch.setattr(compiling, "FEW", 1)
+    assert compiling.compile_here(variants, arch, 1) == 3
+    assert compiling.compile_here(variants, arch, 1) == 0
+    assert len([*store.glob("*/*.amdgcn")]) == 3

@@ -63,6 +63,21 @@ def test_batched_equals_alone(model: DeepseekV4) -> None:
 
 
 @torch.inference_mode()
+def test_what_an_observer_sees_is_its_own(model: DeepseekV4) -> None:
+    """It may keep it, though ops write where intermediates lay, and overwrite it."""
+    sequences = prompts(model.config.vocab_size, (40, 7), 12)
+    expected = one_shot(model, sequences).logits
+    seen: list[str] = []
+
+    def spoil(name: str, value: torch.Tensor) -> None:
+        seen.append(name)
+        value.zero_()
+
+    assert torch.equal(one_shot(model, sequences, observe=spoil).logits, expected)
+    assert {"embed", "layers.1.attn.q", "layers.1.attn.streams", "logits"} <= set(seen)
+
+
+@torch.inference_mode()
 def test_a_warm_up_run_leaves_no_trace(model: DeepseekV4) -> None:
     """A warm-up that pollutes caches: the slots and pages it used must not show in the next request."""
     config = model.config

@@ -167,7 +167,8 @@ class Invariants:
     def captured(self) -> str:
         engine = self.subject.engine(enforce_eager=False)
         if engine.runner.graphs is None:
-            raise Skipped(engine.notes[0] if engine.notes else "there are no graphs on a CPU")
+            on_cpu = engine.loaded.device.torch_device.type == "cpu"
+            raise Skipped("there are no graphs on a CPU" if on_cpu else engine.notes[0])
         return self._same(engine)
 
     def hit(self) -> str:

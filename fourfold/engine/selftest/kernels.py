@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ KERNELS, DEFINITIONS = "kernels against definitions", "definitions, float32 agai
 DTYPES = (torch.bfloat16, torch.float32)
 _POISON_BLOCKS, _POISON_ITEMS = 64, 1 << 20
 _FLIPPED = 0.02  # of integers may differ between float32 and float64: codes and choices at a tie
-_EXPERT_WEIGHTS = ("w1", "w2", "w3")
+_WEIGHTS = ("w1", "w2", "w3", "weight")
 
 
 def poison(device: torch.device) -> None:
@@ -118,13 +117,10 @@ def _check_case(
 def ways(kernel: Kernel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The arguments as they are, and with weights stored as the kernel wants them."""
     yield "", arguments
-    if kernel.prepare is None or not isinstance(arguments.get("w1"), QuantTensor):
+    stored = {name: arguments[name] for name in _WEIGHTS if name in arguments}
+    if kernel.prepare is None or not any(isinstance(w, QuantTensor) for w in stored.values()):
         return
-    copied = {
-        name: replace(w, codes=w.codes.clone(), scale=w.scale.clone())
-        for name, w in arguments.items()
-        if name in _EXPERT_WEIGHTS
-    }
+    copied = {name: copy.deepcopy(weight) for name, weight in stored.items()}
     yield (
         " (prepared weights)",
         {**arguments, **{name: kernel.prepare(w) for name, w in copied.items()}},

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from fourfold.core.config import EngineConfig
-from fourfold.core.device import Device
+from fourfold.core.device import Device, Feature
 from fourfold.core.errors import FourfoldError
 from fourfold.core.frozen import FrozenDict
 from fourfold.engine.explain import explain_model, model_of_geometry
@@ -86,12 +86,12 @@ def _all(
 ) -> Iterator[Check]:
     found = available(device)
     dtypes = DTYPES[:1] if quick else DTYPES
-    if found:
+    if found and Feature.TRITON in device.features:
         yield _run(
             "kernels", "compiled ahead", lambda: compile_ahead(device, found, dtypes, WEIGHTS)
         )
     yield from check_definitions(device.torch_device)
-    config = model_config("native", wide=True)
+    config = model_config("native", wide=device.torch_device.type != "cpu")
     refused = {(k.op, k.name): why for k in found if (why := k.supports(config))}
     yield from check_kernels(device, found, refused, dtypes)
     verdicts = _verdicts(device, done)

@@ -38,7 +38,7 @@ from fourfold.kernels.nvidia.overlap import after_previous, begin_beside_previou
 from fourfold.kernels.nvidia.projections import finish_tile
 from fourfold.kernels.nvidia.version import other_triton
 from fourfold.kernels.triton import grouped
-from fourfold.kernels.triton.grouped import decode_fp8
+from fourfold.kernels.triton.linear import decode_fp8
 from fourfold.kernels.triton.rope import EXACT, turn
 from fourfold.ops.registry import Kernel
 
@@ -60,10 +60,11 @@ def _reordered(values, ROWS: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["COUNT"])
 def _turn_heads(
-    x, positions, inv_freq, out, arrivals, COUNT, PLACES: tl.constexpr, ALL: tl.constexpr,
+    x, positions, inv_freq, arrivals, COUNT, PLACES: tl.constexpr, ALL: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Heads of one token: the last 2·HALF dims turned back, all reordered. COUNT arrivals become 0."""
+    """Heads of one token, in place: the last 2·HALF dims turned back, all reordered. COUNT arrivals
+    become 0."""
     token = begin_beside_previous(tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     row = (token * ALL + head)[:, None] * DIM
@@ -72,8 +73,9 @@ def _turn_heads(
     whole, part = tl.load(x + row + d), tl.load(x + row + r).to(tl.float32)
     turned = turn(part, tl.load(positions + token), inv_freq, HALF, HALF, True)
     kept = (d < DIM - 2 * HALF) & (row >= 0)
-    tl.store(out + row + d, _reordered(whole, HEADS, DIM), mask=kept)
-    tl.store(out + row + r, _reordered(turned.to(x.dtype.element_ty), HEADS, 2 * HALF))
+    tl.debug_barrier()  # one thread stores where another reads
+    tl.store(x + row + d, _reordered(whole, HEADS, DIM), mask=kept)
+    tl.store(x + row + r, _reordered(turned.to(x.dtype.element_ty), HEADS, 2 * HALF))
     if (token == 0) & (tl.program_id(1) == 0):
         each = tl.arange(0, PLACES)
         tl.store(arrivals + each, 0, mask=each < COUNT)
@@ -246,17 +248,15 @@ def _wo_a_fp8(
     )  # fmt: skip
 
 
-def _turned(attended: Tensor, positions: Tensor, inv_freq: Tensor, arrivals: Tensor) -> Tensor:
-    """`attended [T, H, d]` turned back and reordered."""
+def _turn(attended: Tensor, positions: Tensor, inv_freq: Tensor, arrivals: Tensor) -> None:
+    """Turn `attended [T, H, d]` back and reorder it, where it lies."""
     tokens, heads, dim = attended.shape
-    out = torch.empty_like(attended)
     count = arrivals.numel()
     _turn_heads[(tokens, heads // HEADS)](
-        attended, positions, inv_freq, out, arrivals, count, PLACES=triton.next_power_of_2(count),
+        attended, positions, inv_freq, arrivals, count, PLACES=triton.next_power_of_2(count),
         ALL=heads, HEADS=HEADS, DIM=dim, HALF=inv_freq.shape[0], num_warps=4, launch_pdl=True,
         **EXACT,
     )  # fmt: skip
-    return out
 
 
 def _few(x: Tensor, weight: QuantTensor, out: Tensor, arrivals: Tensor, tile: int) -> None:
@@ -332,7 +332,9 @@ def wo_a(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor) 
     few = tokens <= FEW_TOKENS
     count = rows // ROWS * -(-tokens // tile) if few else 1
     arrivals = torch.empty(count, dtype=torch.int32, device=attended.device)
-    x = _turned(attended.contiguous(), positions, inv_freq, arrivals).flatten(1)
+    attended = attended.contiguous()
+    _turn(attended, positions, inv_freq, arrivals)
+    x = attended.flatten(1)
     out = torch.empty(tokens, rows, dtype=attended.dtype, device=attended.device)
     if few:
         _few(x, weight, out, arrivals, tile)

@@ -249,6 +249,8 @@ def _attend(
     """HT heads of one token over all its spans; with SPLIT over every n-th, unmerged.
 
     `out [T, H, D]`, or with SPLIT `[T, PARTS, H, D]` float32 and `sums [T, PARTS, 2, H]` (M_s, l_s).
+    `out` may be `q`, but not with SPLIT: these heads are this program's alone, and what it stores has
+    gone through products with all it read of them.
     """
     after_previous(EARLY)
     t = tl.program_id(0).to(tl.int64)
@@ -420,14 +422,16 @@ def sparse_attention(
 ) -> Tensor:
     """The op `sparse_attention` (ops/attention.py). `listed` holds distinct visible rows before its −1s.
 
+    The result lies where q lay: half a GiB for a prompt's step. Where spans have programs of their own,
+    the merging kernel, which reads no queries, writes it.
+
     `few` is the shape for few tokens, if it is another and their spans are divided. `split` (spans
     in programs of their own) and `dense` (FP8 rows decoded beforehand) force one of the launch forms; None
     takes the faster. Raises `KernelError` where the three kinds of rows differ in format, or a ring does
     not hold a window.
     """
-    q = q.contiguous()
+    q = out = q.contiguous()
     tokens, heads, dim = q.shape
-    out = torch.empty_like(q)
     if not tokens:
         return out
     geometry = geometry_of(own, ring, pages, listed, ratio)

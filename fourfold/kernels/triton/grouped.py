@@ -24,7 +24,12 @@ from torch import Tensor
 
 from fourfold.core.device import Feature
 from fourfold.core.tensor import QuantTensor, Weight, dense
-from fourfold.kernels.triton.linear import as_fp8, linear, quantize_activations
+from fourfold.kernels.triton.linear import (
+    as_fp8,
+    decode_fp8,
+    linear,
+    quantize_activations,
+)
 from fourfold.kernels.triton.rope import run_rotate
 from fourfold.ops.registry import Kernel
 
@@ -32,14 +37,6 @@ PROGRAMS = 132  # chunks × tiles of 128 rows wanted for one pass over the weigh
 FEW_TOKENS = 128  # up to here every chunk has programs of its own and FP8 weights stay FP8
 BLOCK = 128  # rows and inputs of an FP8 weight that share a scale
 PLAIN, DECODED, FP8 = (tl.constexpr(n) for n in range(3))  # what the weight is to the product
-
-
-@triton.jit
-def decode_fp8(codes):
-    """The float32 numbers of E4M3 codes: their seven bits are the top of a float32 of 2^−120 the size."""
-    wide = codes.to(tl.int32)
-    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 @triton.jit
@@ -232,7 +229,7 @@ def einsum(attended: Tensor, weight: Weight, positions: Tensor, inv_freq: Tensor
     tokens, dtype = attended.shape[0], attended.dtype
     if not tokens:
         return torch.empty(0, weight.shape[0], dtype=dtype, device=attended.device)
-    turned = run_rotate(attended, positions, inv_freq, True, None)
+    turned = run_rotate(attended, positions, inv_freq, True, None, here=True)
     x = turned.view(tokens, -1, weight.shape[1])
     if isinstance(weight, QuantTensor) and _is_fp8(weight) and tokens <= FEW_TOKENS:
         return _product(weight.codes, weight.scale, x, x, DECODED.value, dtype, False)
@@ -247,7 +244,7 @@ def fp8_batched(
     tokens, size = attended.shape[0], weight.shape[1]
     if not isinstance(weight, QuantTensor) or not _is_fp8(weight) or size % BLOCK or not tokens:
         return einsum(attended, weight, positions, inv_freq)
-    turned = run_rotate(attended, positions, inv_freq, True, None)
+    turned = run_rotate(attended, positions, inv_freq, True, None, here=True)
     codes, scale = quantize_activations(turned.flatten(1), fnuz)
     x = as_fp8(codes, fnuz).view(tokens, -1, size)
     w = as_fp8(weight.codes, fnuz)
@@ -263,7 +260,7 @@ def fp8_loop(
     rank = rows * size // (heads * dim)
     if not isinstance(weight, QuantTensor) or not _is_fp8(weight) or rank % BLOCK:
         return einsum(attended, weight, positions, inv_freq)
-    turned = run_rotate(attended, positions, inv_freq, True, None).view(tokens, -1, size)
+    turned = run_rotate(attended, positions, inv_freq, True, None, here=True).view(tokens, -1, size)
     out = torch.empty(tokens, rows, dtype=attended.dtype, device=attended.device)
     blocks = rank // BLOCK
     for group in range(rows // rank):

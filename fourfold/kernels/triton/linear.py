@@ -10,7 +10,9 @@ tile size is in that order, so a token's result does not depend on the batch.
 FP8: codes go to the matrix unit as they are; after each 128 inputs the product is multiplied by the
 token's and the block's scale (powers of two in the released checkpoints) and added in float32 by one
 fused multiply-add, which also restarts the unit's narrow accumulator. Operands are loaded in the type
-that the unit takes: a cast between load and product would send them through registers.
+that the unit takes: a cast between load and product would send them through registers. GPUs without FP8
+casts make codes by integer arithmetic and decode them behind the load, to bfloat16, which holds every
+one of them exactly; the order of the sum is the same.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from fourfold.core.device import Feature
 from fourfold.core.tensor import QuantTensor, Weight
 from fourfold.kernels.triton.early import after_previous, launch
+from fourfold.kernels.triton.rows import fp8_code
 from fourfold.ops.linear import round_activations
 from fourfold.ops.registry import Kernel
 
@@ -39,10 +42,19 @@ WIDE_TILE = 64  # above so many tokens a tile takes all rows of a block
 
 
 @triton.jit
-def to_fp8(values, FNUZ: tl.constexpr):
+def decode_fp8(codes):
+    """The float32 numbers of E4M3 codes: their seven bits are the top of a float32 of 2^−120 the size."""
+    wide = codes.to(tl.int32)
+    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def to_fp8(values, FNUZ: tl.constexpr, DECODE: tl.constexpr = False):
     """Of float32 `[C, G]`: E4M3 codes of values / 2^e as uint8, and 2^e `[C]`.
 
-    e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e, from the bits of amax.
+    e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e, from the bits of amax. DECODE: the device
+    has no casts.
     """
     clean = tl.where(values == values, values, 0.0)
     amax = tl.maximum(tl.max(tl.abs(clean), 1), 1e-4)
@@ -52,7 +64,9 @@ def to_fp8(values, FNUZ: tl.constexpr):
     scaled = tl.minimum(tl.maximum(clean * inverse[:, None], -448.0), 448.0)
     # What rounds to zero has no sign: half of the smallest code is a tie, and zero is even.
     scaled = tl.where(tl.abs(scaled) <= 0.0009765625, 0.0, scaled)
-    if FNUZ:
+    if DECODE:
+        raw = fp8_code(scaled)
+    elif FNUZ:
         raw = (scaled * 0.5).to(tl.float8e4b8).to(tl.uint8, bitcast=True)
     else:
         raw = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -69,6 +83,7 @@ def _round_to_fp8(
     GROUPS,
     BY_GROUP: tl.constexpr,
     FNUZ: tl.constexpr,
+    DECODE: tl.constexpr,
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
     EARLY: tl.constexpr,
@@ -80,7 +95,7 @@ def _round_to_fp8(
     offset = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = offset < K
     values = tl.load(x + token.to(tl.int64) * K + offset, mask=inside, other=0.0).to(tl.float32)
-    raw, factor = to_fp8(values, FNUZ)
+    raw, factor = to_fp8(values, FNUZ, DECODE)
     tl.store(codes + token.to(tl.int64) * K + offset, raw, mask=inside)
     place = group * T + token if BY_GROUP else token * GROUPS + group
     tl.store(scale + place, factor, mask=group < GROUPS)
@@ -111,6 +126,7 @@ def _linear(
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     FP8: tl.constexpr,
+    DECODE: tl.constexpr,
     E8M0: tl.constexpr,
     FNUZ: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -120,7 +136,8 @@ def _linear(
 ):
     """A [TN rows, TT tokens] tile of outᵀ; with SPLIT of one chunk's partial sums [CHUNKS, T, N].
 
-    WHOLE: K is a multiple of TK. `x_scale [BLOCKS, T]`; plain operands have no scales.
+    WHOLE: K is a multiple of TK. `x_scale [BLOCKS, T]`; plain operands have no scales. DECODE: operands are
+    the bytes of FP8 codes.
     """
     tile_n, tile_t = tl.program_id(0), tl.program_id(1)
     n = tile_n * TN + tl.arange(0, TN)
@@ -144,6 +161,9 @@ def _linear(
                 inside = k < K - block * TK
                 a = tl.load(w_place + block * TK, mask=inside[None, :], other=0.0)
                 b = tl.load(x_place + block * TK, mask=inside[:, None], other=0.0)
+            if DECODE:
+                a = decode_fp8(a).to(tl.bfloat16)
+                b = decode_fp8(b).to(tl.bfloat16)
             if FP8:
                 scale = tl.load(x_scale + block * T + token)
                 scale *= _block_scale(w_scale, block, E8M0)
@@ -177,9 +197,9 @@ def _add_chunks(parts, out, COUNT, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
 class Operands:
     """A product ready to launch: `w [N, K]` and `x [T, K]` in one type of the matrix unit.
 
-    FP8 operands have `w_scale [⌈N/128⌉, ⌈K/128⌉]` and `x_scale [⌈K/128⌉, T]`; plain ones stand in for
-    their own scales, which are not read. `block` inputs are one step, `chunk` steps one of the `chunks`
-    sums.
+    FP8 operands, in their type or as bytes, have `w_scale [⌈N/128⌉, ⌈K/128⌉]` and `x_scale [⌈K/128⌉, T]`;
+    plain ones stand in for their own scales, which are not read. `block` inputs are one step, `chunk` steps
+    one of the `chunks` sums.
     """
 
     w: Tensor
@@ -236,11 +256,16 @@ def plain_block(dtype: torch.dtype) -> int:
 
 
 def quantize_activations(
-    x: Tensor, fnuz: bool = False, by_group: bool = False, early: bool = False
+    x: Tensor,
+    fnuz: bool = False,
+    by_group: bool = False,
+    early: bool = False,
+    decoded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 `[T, K]` and scales float32, powers of two, of x `[T, K]`.
 
-    Scales are `[T, ceil(K/128)]`, or with `by_group` `[ceil(K/128), T]`; `early` as in triton/early.py.
+    Scales are `[T, ceil(K/128)]`, or with `by_group` `[ceil(K/128), T]`; `early` as in triton/early.py;
+    `decoded` for devices without casts.
     """
     tokens, size = x.shape
     groups = -(-size // BLOCK_K)
@@ -250,14 +275,16 @@ def quantize_activations(
     if tokens:
         count = min(triton.next_power_of_2(groups), 32) if tokens > WIDE_TILE else 1
         _round_to_fp8[(tokens, -(-groups // count))](
-            x, codes, scale, tokens, size, groups, BY_GROUP=by_group, FNUZ=fnuz, COUNT=count,
-            GROUP=BLOCK_K, EARLY=early, num_warps=4 if count > 4 else 1, **launch(early),
+            x, codes, scale, tokens, size, groups, BY_GROUP=by_group, FNUZ=fnuz, DECODE=decoded,
+            COUNT=count, GROUP=BLOCK_K, EARLY=early, num_warps=4 if count > 4 else 1, **launch(early),
         )  # fmt: skip
     return codes, scale
 
 
-def as_fp8(codes: Tensor, fnuz: bool) -> Tensor:
-    """The same bytes in the type that the device's unit reads them as."""
+def as_fp8(codes: Tensor, fnuz: bool, decoded: bool = False) -> Tensor:
+    """The same bytes in the type that the device's unit reads them as; bytes where it reads none."""
+    if decoded:
+        return codes
     return codes.view(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
 
 
@@ -284,10 +311,13 @@ def multiply(o: Operands, target: Tensor, fnuz: bool, products: Products | None)
         rows = o.w.shape[0]
         tile = min(max(triton.next_power_of_2(tokens), 16), 128)
         options = launch_options(tile, o.split)
+        decoded = o.x.dtype == torch.uint8
+        if decoded and tile > WIDE_TILE:
+            options["num_warps"] = 8  # numbers take more registers than codes
         grid = (-(-rows // options["TN"]), -(-tokens // tile), o.chunks if o.split else 1)
         _linear[grid](
             o.w, o.w_scale, o.x, o.x_scale, target, tokens, rows, size, -(-size // o.block),
-            CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=o.split, FP8=o.fp8,
+            CHUNK=o.chunk, CHUNKS=o.chunks, SPLIT=o.split, FP8=o.fp8, DECODE=decoded,
             E8M0=o.w_scale.dtype == torch.uint8, FNUZ=fnuz, WHOLE=size % o.block == 0, TK=o.block,
             TT=tile, **options,
         )  # fmt: skip
@@ -311,10 +341,12 @@ def linear(
     unrounded: bool = False,
     fnuz: bool = False,
     products: Products | None = None,
+    decoded: bool = False,
 ) -> Tensor:
     """The op `linear` (ops/linear.py) for contiguous weights of FP8 blocks, bfloat16 or float32.
 
     `products(operands, target)` may write the target in another way, bit for bit; it says whether it did.
+    `decoded`: FP8 codes are made and read by integer arithmetic.
     """
     dtype = torch.float32 if unrounded else x.dtype
     if isinstance(weight, QuantTensor) and not is_fp8(weight):
@@ -325,8 +357,8 @@ def linear(
     if not x.shape[0]:
         return torch.empty(0, weight.shape[0], dtype=dtype, device=x.device)
     if isinstance(weight, QuantTensor):
-        codes, scale = quantize_activations(x, fnuz, by_group=True)
-        o = operands(weight, as_fp8(codes, fnuz), scale)
+        codes, scale = quantize_activations(x, fnuz, by_group=True, decoded=decoded)
+        o = operands(weight, as_fp8(codes, fnuz, decoded), scale)
     else:
         o = operands(weight, x)
     return finish(o, dtype, fnuz, products)
@@ -339,6 +371,7 @@ def linears(
     unrounded: Sequence[bool],
     fnuz: bool = False,
     products: Products | None = None,
+    decoded: bool = False,
 ) -> tuple[Tensor, ...]:
     """The op `linears` (ops/linear.py): `linear` for each weight, with x rounded once for all."""
     x = x.contiguous()
@@ -346,19 +379,24 @@ def linears(
     outputs = []
     for weight, wide in zip(weights, unrounded, strict=True):
         if isinstance(weight, QuantTensor) and is_fp8(weight) and x.shape[0]:
-            codes, scale = rounded = rounded or quantize_activations(x, fnuz, by_group=True)
-            o = operands(weight, as_fp8(codes, fnuz), scale)
+            codes, scale = rounded = rounded or quantize_activations(
+                x, fnuz, by_group=True, decoded=decoded
+            )
+            o = operands(weight, as_fp8(codes, fnuz, decoded), scale)
             outputs.append(finish(o, torch.float32 if wide else x.dtype, fnuz, products))
         else:
-            outputs.append(linear(x, weight, wide, fnuz, products))
+            outputs.append(linear(x, weight, wide, fnuz, products, decoded))
     return tuple(outputs)
 
 
 _OCP = frozenset({Feature.TRITON, Feature.FP8_OCP})
 _FNUZ = frozenset({Feature.TRITON, Feature.FP8_FNUZ})
+_ANY = frozenset({Feature.TRITON})
 KERNELS = (
     Kernel("linear", "triton", linear, _OCP),
     Kernel("linear", "triton_fnuz", partial(linear, fnuz=True), _FNUZ),
     Kernel("linears", "triton", linears, _OCP),
     Kernel("linears", "triton_fnuz", partial(linears, fnuz=True), _FNUZ),
+    Kernel("linear", "triton_decoded", partial(linear, decoded=True), _ANY, priority=5),
+    Kernel("linears", "triton_decoded", partial(linears, decoded=True), _ANY, priority=5),
 )

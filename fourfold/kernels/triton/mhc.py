@@ -67,6 +67,8 @@ def _streams(
     parts,
     T,
     D,
+    ROW,
+    NEXT,
     POST: tl.constexpr,
     MIX: tl.constexpr,
     APART: tl.constexpr,
@@ -79,6 +81,10 @@ def _streams(
     EARLY: tl.constexpr,
 ):
     """`out` = new streams (POST), `parts [chunks, T, WIDTH]` = sums of fn · X and of X² (MIX).
+
+    Given streams are ROW apart from token to token and NEXT from one to the next, new ones lie side by
+    side. `out` may be `streams`, but not with APART: a number needs those of its dim and token alone,
+    all of which its own thread has read.
 
     A row of `parts` holds ROWS products, then the sum of squares. APART: a program makes one stream, and
     there are S such rows, `[chunks · S, T, WIDTH]`.
@@ -102,14 +108,17 @@ def _streams(
         tokens = (tl.program_id(1) * TILES + tile).to(tl.int64) * TT + tl.arange(0, TT)
         live = tokens < T
         inside = (d < D)[:, None] & live[None, :]
-        place = tokens[None, :] * (S * D) + d[:, None]
+        place = tokens[None, :] * ROW + d[:, None]
+        apart = NEXT
         if POST:
             x = ()
             for i in tl.static_range(S):
-                value = tl.load(streams + place + i * D, mask=inside, other=0.0)
+                value = tl.load(streams + place + i * NEXT, mask=inside, other=0.0)
                 x = x + (value.to(tl.float32),)
             y = tl.load(z + tokens[None, :] * D + d[:, None], mask=inside, other=0.0)
             y = y.to(tl.float32)
+            place = tokens[None, :] * (S * D) + d[:, None]
+            apart = D
             for n in tl.static_range(COUNT):
                 mixer = comb + tokens * (S * S) + first + n
                 value = tl.load(mixer, mask=live, other=0.0)[None, :] * x[0]
@@ -118,7 +127,7 @@ def _streams(
                     value = tl.fma(factor, x[i], value)
                 gain = tl.load(post + tokens * S + first + n, mask=live, other=0.0)[None, :]
                 value = tl.fma(gain, y, value).to(out.dtype.element_ty)
-                tl.store(out + place + (first + n) * D, value, mask=inside)
+                tl.store(out + place + (first + n) * apart, value, mask=inside)
             # Read back what was just written: carried over in registers, it would be computed again
             # for every layout that the products need.
             tl.debug_barrier()
@@ -127,7 +136,7 @@ def _streams(
             squares = tl.zeros((TT,), dtype=tl.float32)
             own = tl.arange(0, TT)[:, None] == tl.arange(0, TT)[None, :]
             for n in tl.static_range(COUNT):
-                x_n = tl.load(out + place + (first + n) * D, mask=inside, other=0.0)
+                x_n = tl.load(out + place + (first + n) * apart, mask=inside, other=0.0)
                 product = tl.zeros((WIDTH, TT), dtype=tl.float32)
                 for part in tl.static_range(len(a[n])):
                     product = tl.dot(a[n][part], x_n, product, input_precision="ieee")
@@ -165,6 +174,8 @@ def _read_streams(
     y,
     T,
     D,
+    ROW,
+    NEXT,
     norm_eps,
     hc_eps,
     CHUNKS: tl.constexpr,
@@ -180,7 +191,7 @@ def _read_streams(
     d = tl.arange(0, BLOCK)
     x = ()
     for i in tl.static_range(S):
-        place = token.to(tl.int64) * S * D + i * D + d
+        place = token.to(tl.int64) * ROW + i * NEXT + d
         x = x + (tl.load(streams + place, mask=d < D, other=0.0),)
     chunk = tl.arange(0, CHUNKS).to(tl.int64)[:, None]
     present = (chunk * BD < D) & (lane <= ROWS)[None, :]
@@ -295,6 +306,8 @@ def _finish(
     comb,
     T,
     D,
+    ROW,
+    NEXT,
     norm_eps,
     hc_eps,
     iterations,
@@ -314,7 +327,7 @@ def _finish(
     program = tl.program_id(0)
     if HEAD or program < T:
         _read_streams(
-            program, streams, parts, base, scale, norm, y, T, D, norm_eps, hc_eps,
+            program, streams, parts, base, scale, norm, y, T, D, ROW, NEXT, norm_eps, hc_eps,
             CHUNKS, PER, S, ROWS, WIDTH, BLOCK, BD,
         )  # fmt: skip
     else:
@@ -329,6 +342,12 @@ def _warps(streams: Tensor) -> int:
     return 2 if streams.dtype == torch.bfloat16 else 4
 
 
+def _readable(streams: Tensor) -> Tensor:
+    """`streams`, copied only if a stream's dims do not lie side by side: the first layer's may be one
+    memory under all S of them."""
+    return streams if streams.stride(2) == 1 else streams.contiguous()
+
+
 def _run_streams(
     streams: Tensor,
     fn: Tensor | None,
@@ -336,8 +355,8 @@ def _run_streams(
     early: bool,
 ) -> tuple[Tensor, Tensor]:
     """New streams (or the given ones) and `parts [chunks, per chunk, T, width]` (see `_streams`), without
-    tokens if without fn."""
-    streams = streams.contiguous()
+    tokens if without fn. New streams of many tokens lie where the given ones lay."""
+    streams = _readable(streams)
     tokens, count, dim = streams.shape
     rows = fn.shape[0] if fn is not None else 0
     width = max(16, triton.next_power_of_2(rows + 1))
@@ -345,7 +364,9 @@ def _run_streams(
     per = count if apart else 1
     shape = (chunks, per, tokens if fn is not None else 0, width)
     parts = torch.empty(shape, dtype=torch.float32, device=streams.device)
-    out = torch.empty_like(streams) if post_step else streams
+    out = streams
+    if post_step and (apart or not streams.is_contiguous()):
+        out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     z, post, comb = (each.contiguous() for each in post_step or (streams, parts, parts))
     if tokens:
         many = (
@@ -354,9 +375,9 @@ def _run_streams(
         tiles = TILES if many else 1
         _streams[(chunks * per, -(-tokens // (TOKENS * tiles)))](
             z, streams, post, comb, streams if fn is None else fn, out, parts, tokens, dim,
-            POST=post_step is not None, MIX=fn is not None, APART=apart, S=count, ROWS=rows,
-            WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS, EARLY=early, num_warps=_warps(streams),
-            num_stages=1, **EXACT, **launch(early),
+            streams.stride(0), streams.stride(1), POST=post_step is not None, MIX=fn is not None,
+            APART=apart, S=count, ROWS=rows, WIDTH=width, TILES=tiles, TT=TOKENS, BD=DIMS,
+            EARLY=early, num_warps=_warps(streams), num_stages=1, **EXACT, **launch(early),
         )  # fmt: skip
     return out, parts
 
@@ -379,9 +400,9 @@ def _run_finish(
     if tokens:
         base, scale, norm = parameters
         _finish[(tokens + (-(-tokens // MIXERS) if iterations else 0),)](
-            streams, parts, base, scale, norm, y, post, comb, tokens, dim, *eps, iterations,
-            CHUNKS=triton.next_power_of_2(parts.shape[0]), PER=parts.shape[1], S=count, ROWS=rows,
-            WIDTH=parts.shape[3],
+            streams, parts, base, scale, norm, y, post, comb, tokens, dim, streams.stride(0),
+            streams.stride(1), *eps, iterations, CHUNKS=triton.next_power_of_2(parts.shape[0]),
+            PER=parts.shape[1], S=count, ROWS=rows, WIDTH=parts.shape[3],
             BLOCK=triton.next_power_of_2(dim), TOKENS=MIXERS, HEAD=not iterations, BD=DIMS,
             EARLY=early, num_warps=_warps(streams) * (1 if dim <= 4096 else 2), **EXACT,
             **launch(early),

@@ -10,7 +10,8 @@ program, and no tile size depends on the batch in the direction that is summed: 
 own. Nothing is read back to the host: the grid is an upper bound and spare programs leave at once.
 
 FP4: a byte's two E2M1 codes become E4M3 codes of the value times 2^−6, exactly, by shifting bits; the
-32 inputs under one scale are one product, multiplied by that scale (times 2^6) and the token's.
+32 inputs under one scale are one product, multiplied by that scale (times 2^6) and the token's. GPUs without
+FP8 casts multiply the same numbers in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fourfold.kernels.triton.linear import (
     BLOCK_K,
     WIDE_TILE,
     as_fp8,
+    decode_fp8,
     quantize_activations,
     to_fp8,
 )
@@ -50,8 +52,11 @@ def _e8m0(raw):
 
 
 @triton.jit
-def _fp8(codes, FNUZ: tl.constexpr):
-    if FNUZ:
+def _fp8(codes, FNUZ: tl.constexpr, DECODE: tl.constexpr):
+    """Codes as an operand of a product: in the type that reads them, or DECODE as bfloat16 numbers."""
+    if DECODE:
+        value = decode_fp8(codes).to(tl.bfloat16)
+    elif FNUZ:
         value = codes.to(tl.float8e4b8, bitcast=True)
     else:
         value = codes.to(tl.float8e4nv, bitcast=True)
@@ -68,7 +73,9 @@ def _expand_fp4(packed):
 
 
 @triton.jit
-def _fp4_block(acc, w, scale, x, s_x, n, rows, live, block, K, N, FNUZ: tl.constexpr):
+def _fp4_block(
+    acc, w, scale, x, s_x, n, rows, live, block, K, N, FNUZ: tl.constexpr, DECODE: tl.constexpr
+):
     """acc + W[n, 128 of block] · x, one product for each 32 inputs."""
     for group in tl.static_range(4):
         g = block * 4 + group
@@ -82,8 +89,10 @@ def _fp4_block(acc, w, scale, x, s_x, n, rows, live, block, K, N, FNUZ: tl.const
         b = tl.load(
             x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0
         )
+        if DECODE:
+            b = decode_fp8(b).to(tl.bfloat16)
         s_w = _e8m0(tl.load(scale + n * (K // 32) + g, mask=(n < N) & (g < K // 32), other=0))
-        product = tl.dot(_fp8(_expand_fp4(packed), FNUZ), b)
+        product = tl.dot(_fp8(_expand_fp4(packed), FNUZ, DECODE), b)
         factor = 256.0 if FNUZ else 64.0
         acc += product * (s_w * factor)[:, None] * s_x[None, :]
     return acc
@@ -91,8 +100,9 @@ def _fp4_block(acc, w, scale, x, s_x, n, rows, live, block, K, N, FNUZ: tl.const
 
 @triton.jit
 def _fp8_block(
-    acc, w, scale, x, s_x, n, rows, live, block, K, N, E8M0: tl.constexpr, FNUZ: tl.constexpr
-):
+    acc, w, scale, x, s_x, n, rows, live, block, K, N, E8M0: tl.constexpr, FNUZ: tl.constexpr,
+    DECODE: tl.constexpr,
+):  # fmt: skip
     """acc + W[n, 128 of block] · x, one product; the rows n lie in one block of 128."""
     k = block * 128 + tl.arange(0, 128)
     a = tl.load(
@@ -101,6 +111,9 @@ def _fp8_block(
     b = tl.load(
         x + rows[None, :] * K + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0
     )
+    if DECODE:
+        a = decode_fp8(a).to(tl.bfloat16)
+        b = decode_fp8(b).to(tl.bfloat16)
     index = (tl.min(n) // 128) * tl.cdiv(K, 128) + block
     s_w = _e8m0(tl.load(scale + index)) if E8M0 else tl.load(scale + index)
     product = tl.dot(a, b)
@@ -129,6 +142,7 @@ def _experts_gate_up(
     FP4: tl.constexpr,
     E8M0: tl.constexpr,
     FNUZ: tl.constexpr,
+    DECODE: tl.constexpr,
     TN: tl.constexpr,
     TT: tl.constexpr,
 ):
@@ -154,13 +168,17 @@ def _experts_gate_up(
     for block in range(blocks):
         s_x = tl.load(x_scale + rows * blocks + block, mask=live, other=0.0)
         if FP4:
-            gate = _fp4_block(gate, w1, w1_scale, x, s_x, n, rows, live, block, K, INNER, FNUZ)
-            up = _fp4_block(up, w3, w3_scale, x, s_x, n, rows, live, block, K, INNER, FNUZ)
+            gate = _fp4_block(
+                gate, w1, w1_scale, x, s_x, n, rows, live, block, K, INNER, FNUZ, DECODE
+            )
+            up = _fp4_block(up, w3, w3_scale, x, s_x, n, rows, live, block, K, INNER, FNUZ, DECODE)
         else:
             gate = _fp8_block(
-                gate, w1, w1_scale, x, s_x, n, rows, live, block, K, INNER, E8M0, FNUZ
+                gate, w1, w1_scale, x, s_x, n, rows, live, block, K, INNER, E8M0, FNUZ, DECODE
             )
-            up = _fp8_block(up, w3, w3_scale, x, s_x, n, rows, live, block, K, INNER, E8M0, FNUZ)
+            up = _fp8_block(
+                up, w3, w3_scale, x, s_x, n, rows, live, block, K, INNER, E8M0, FNUZ, DECODE
+            )
     gate = tl.minimum(gate, LIMIT)
     up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
     weight = tl.load(weights + slot, mask=live, other=0.0)
@@ -187,6 +205,7 @@ def _experts_down(
     FP4: tl.constexpr,
     E8M0: tl.constexpr,
     FNUZ: tl.constexpr,
+    DECODE: tl.constexpr,
     TN: tl.constexpr,
     TT: tl.constexpr,
 ):
@@ -207,10 +226,12 @@ def _experts_down(
     for block in range(blocks):
         s_x = tl.load(hidden_scale + place * blocks + block, mask=live, other=0.0)
         if FP4:
-            acc = _fp4_block(acc, w2, w2_scale, hidden, s_x, n, place, live, block, K, D, FNUZ)
+            acc = _fp4_block(
+                acc, w2, w2_scale, hidden, s_x, n, place, live, block, K, D, FNUZ, DECODE
+            )
         else:
             acc = _fp8_block(
-                acc, w2, w2_scale, hidden, s_x, n, place, live, block, K, D, E8M0, FNUZ
+                acc, w2, w2_scale, hidden, s_x, n, place, live, block, K, D, E8M0, FNUZ, DECODE
             )
     tl.store(
         result + slot.to(tl.int64)[None, :] * D + n[:, None],
@@ -348,6 +369,7 @@ def _sort_and_round(
     BLOCK: tl.constexpr,
     SHARE: tl.constexpr,
     FNUZ: tl.constexpr,
+    DECODE: tl.constexpr,
     COUNT: tl.constexpr,
     GROUP: tl.constexpr,
     EARLY: tl.constexpr,
@@ -364,7 +386,7 @@ def _sort_and_round(
         offset = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = offset < K
         values = tl.load(x + token * K + offset, mask=inside, other=0.0).to(tl.float32)
-        raw, factor = to_fp8(values, FNUZ)
+        raw, factor = to_fp8(values, FNUZ, DECODE)
         tl.store(codes + token * K + offset, raw, mask=inside)
         tl.store(scale + token * GROUPS + group, factor, mask=group < GROUPS)
 
@@ -398,13 +420,20 @@ def _empty_plan(slots: int, most: int, device: torch.device) -> Plan:
 
 
 def sort_and_round(
-    y: Tensor, ids: Tensor, num_experts: int, first_expert: int, tile: int, fnuz: bool, early: bool
+    y: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    first_expert: int,
+    tile: int,
+    fnuz: bool,
+    early: bool,
+    decoded: bool = False,
 ) -> tuple[Plan, Tensor, Tensor]:
     """`sort_tokens` of ids, and `quantize_activations` of y: for few tokens in one launch."""
     tokens, size = y.shape
     if tokens > WIDE_TILE:
         plan = sort_tokens(ids, num_experts, first_expert, tile, early)
-        return plan, *quantize_activations(y, fnuz, early=early)
+        return plan, *quantize_activations(y, fnuz, early=early, decoded=decoded)
     slots, groups, count = ids.numel(), -(-size // BLOCK_K), 4
     most, sorters = _most_tiles(slots, num_experts, tile), 1 + -(-slots // SHARE)
     plan = _empty_plan(slots, most, ids.device)
@@ -413,7 +442,8 @@ def sort_and_round(
     _sort_and_round[(sorters + tokens * -(-groups // count),)](
         ids.contiguous(), plan.order, plan.tiles, y, codes, scale, slots, first_expert, num_experts,
         most, sorters, size, groups, TILE=tile, BINS=triton.next_power_of_2(num_experts + 1),
-        BLOCK=512, SHARE=SHARE, FNUZ=fnuz, COUNT=count, GROUP=BLOCK_K, EARLY=early, **launch(early),
+        BLOCK=512, SHARE=SHARE, FNUZ=fnuz, DECODE=decoded, COUNT=count, GROUP=BLOCK_K, EARLY=early,
+        **launch(early),
     )  # fmt: skip
     return plan, codes, scale
 
@@ -461,23 +491,26 @@ def grouped(
     down: Product,
     shared: Tensor | None,
     early: bool = False,
+    decoded: bool = False,
 ) -> Tensor:
     """Sort, `gate_up`, `down`, sum; what is between the products is the same for every kernel of them.
 
     `gate_up(codes, scale, plan, hidden)` reads y's codes and scales by token and writes
     `hidden [T·k, I]`, and `down(codes, scale, plan, result)` hidden's and `result [T·k, D]`: hidden by
-    place in the order, result by slot. `early` as in triton/early.py, for products that keep to it.
+    place in the order, result by slot. `early` as in triton/early.py, for products that keep to it;
+    `decoded` as in triton/linear.py.
     """
     tokens, dim = y.shape
     topk = ids.shape[1]
     plan, codes, scale = sort_and_round(
-        y.contiguous(), ids, experts, first_expert, tile, fnuz, early
+        y.contiguous(), ids, experts, first_expert, tile, fnuz, early, decoded
     )
     hidden = torch.empty(tokens * topk, inner, dtype=y.dtype, device=y.device)
-    gate_up(as_fp8(codes, fnuz), scale, plan, hidden)
-    codes, scale = quantize_activations(hidden, fnuz, early=early)
+    gate_up(as_fp8(codes, fnuz, decoded), scale, plan, hidden)
+    codes, scale = quantize_activations(hidden, fnuz, early=early, decoded=decoded)
+    del hidden
     result = torch.empty(tokens * topk, dim, dtype=torch.float32, device=y.device)
-    down(as_fp8(codes, fnuz), scale, plan, result)
+    down(as_fp8(codes, fnuz, decoded), scale, plan, result)
     dtype = torch.float32 if shared is None else y.dtype
     out = torch.empty(tokens, dim, dtype=dtype, device=y.device)
     _sum_slots[(tokens, -(-dim // 512))](
@@ -504,6 +537,7 @@ def routed_experts(
     first_expert: int = 0,
     shared: Tensor | None = None,
     fnuz: bool = False,
+    decoded: bool = False,
 ) -> Tensor:
     """The op `routed_experts` (ops/moe.py) for experts of FP4 or FP8 blocks."""
     if not (_stored(w1) and _stored(w2) and _stored(w3)):
@@ -516,11 +550,11 @@ def routed_experts(
         return torch.empty(0, dim, dtype=dtype, device=y.device)
     tile = tokens_a_tile(tokens * topk, experts)
     fp4 = w1.scheme.name == "mxfp4"
-    c1, c2, c3 = (w.codes if fp4 else as_fp8(w.codes, fnuz) for w in (w1, w2, w3))
+    c1, c2, c3 = (w.codes if fp4 else as_fp8(w.codes, fnuz, decoded) for w in (w1, w2, w3))
     s1, s2, s3 = w1.scale, w2.scale, w3.scale
     factors = weights.to(torch.float32).contiguous()
     options: dict[str, Any] = {"FP4": fp4, "E8M0": s1.dtype == torch.uint8, "FNUZ": fnuz}
-    options |= {"TN": ROWS, "TT": tile, "num_warps": 4, "num_stages": 3}
+    options |= {"DECODE": decoded, "TN": ROWS, "TT": tile, "num_warps": 4, "num_stages": 3}
 
     def gate_up(codes: Tensor, scale: Tensor, plan: Plan, hidden: Tensor) -> None:
         _experts_gate_up[(-(-inner // ROWS), plan.tiles.shape[0])](
@@ -534,7 +568,9 @@ def routed_experts(
             **options,
         )  # fmt: skip
 
-    return grouped(y, ids, experts, inner, first_expert, tile, fnuz, gate_up, down, shared)
+    return grouped(
+        y, ids, experts, inner, first_expert, tile, fnuz, gate_up, down, shared, decoded=decoded
+    )
 
 
 KERNELS = (
@@ -546,5 +582,12 @@ KERNELS = (
         "triton_fnuz",
         partial(routed_experts, fnuz=True),
         frozenset({Feature.TRITON, Feature.FP8_FNUZ}),
+    ),
+    Kernel(
+        "routed_experts",
+        "triton_decoded",
+        partial(routed_experts, decoded=True),
+        frozenset({Feature.TRITON}),
+        priority=5,
     ),
 )

@@ -48,7 +48,7 @@ def query_norm_rope(
     q: Tensor, positions: Tensor, inv_freq: Tensor, eps: float, early: bool = False
 ) -> Tensor:
     """The op `query_norm_rope` (ops/norm.py)."""
-    return run_rotate(q, positions, inv_freq, False, eps, early)
+    return run_rotate(q, positions, inv_freq, False, eps, early, here=True)
 
 
 KERNELS = also_early(

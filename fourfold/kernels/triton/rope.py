@@ -48,12 +48,17 @@ def _rotate(
     eps,
     NORM: tl.constexpr,
     INVERSE: tl.constexpr,
+    HERE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Heads of one token: divided by their RMS (NORM), the last 2·half dims turned."""
+    """Heads of one token: divided by their RMS (NORM), the last 2·half dims turned.
+
+    HERE: `out` is `x`. A number that is stored depends on all that are read at its place: on its head's
+    sum of squares, or on its own pair.
+    """
     after_previous(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -61,15 +66,17 @@ def _rotate(
     row = (token * COUNT + head)[:, None] * DIM
     d = tl.arange(0, BLOCK)[None, :]
     r = DIM - 2 * half + tl.arange(0, 2 * HALF)[None, :]
-    whole = tl.load(x + row + d, mask=live & (d < DIM), other=0.0)
     part = tl.load(x + row + r, mask=live & (r < DIM), other=0.0)
+    if NORM or not HERE:
+        whole = tl.load(x + row + d, mask=live & (d < DIM), other=0.0)
     if NORM:
         wide = whole.to(tl.float32)
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)[:, None]
         whole = (wide * scale).to(x.dtype.element_ty)
         part = (part.to(tl.float32) * scale).to(x.dtype.element_ty)
     turned = turn(part.to(tl.float32), tl.load(positions + token), inv_freq, half, HALF, INVERSE)
-    tl.store(out + row + d, whole, mask=live & (d < DIM - 2 * half))
+    if NORM or not HERE:
+        tl.store(out + row + d, whole, mask=live & (d < DIM - 2 * half))
     tl.store(out + row + r, turned.to(x.dtype.element_ty), mask=live & (r < DIM))
 
 
@@ -80,10 +87,12 @@ def run_rotate(
     inverse: bool,
     eps: float | None,
     early: bool = False,
+    here: bool = False,
 ) -> Tensor:
-    """`x [T, …, d]` with its last dims turned; with `eps`, each d-vector normalised first."""
+    """`x [T, …, d]` with its last dims turned; with `eps`, each d-vector normalised first. `here`: in
+    x's memory, if it is contiguous."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = x if here else torch.empty_like(x)
     if not x.numel():
         return out
     tokens, dim, half = x.shape[0], x.shape[-1], inv_freq.shape[0]
@@ -91,7 +100,7 @@ def run_rotate(
     heads = min(HEADS, triton.next_power_of_2(count))
     _rotate[(tokens, -(-count // heads))](
         x, positions, inv_freq, out, count, dim, half, eps or 0.0,
-        NORM=eps is not None, INVERSE=inverse, HEADS=heads,
+        NORM=eps is not None, INVERSE=inverse, HERE=here, HEADS=heads,
         BLOCK=triton.next_power_of_2(dim), HALF=triton.next_power_of_2(half), EARLY=early,
         num_warps=min(heads, 4), **EXACT, **launch(early),
     )  # fmt: skip
@@ -102,7 +111,7 @@ def rotate(
     x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = False, early: bool = False
 ) -> Tensor:
     """The op `rotate` (ops/rope.py)."""
-    return run_rotate(x, positions, inv_freq, inverse, None, early)
+    return run_rotate(x, positions, inv_freq, inverse, None, early, here=True)
 
 
 KERNELS = also_early(Kernel("rotate", "triton", rotate, frozenset({Feature.TRITON})))

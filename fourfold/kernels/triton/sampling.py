@@ -55,7 +55,8 @@ def _adjust_all(logits, allowed, out, V, STRIDE, MASKED: tl.constexpr, BLOCK: tl
     tl.store(out + row * V + i, value, mask=i < V)
 
 
-@triton.jit
+# How many pairs there are is another number in every step.
+@triton.jit(do_not_specialize=["M"])
 def _adjust_some(
     logits, rows, tokens, repetition, bias, allowed, out, M, V, STRIDE,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -328,10 +329,10 @@ def _row_sums(parts, row, BLOCKS, B: tl.constexpr):
     return largest, tl.log(tl.sum(total * scale))
 
 
-@triton.jit
+# Requests ask for any number of alternatives: a binary for each would be many.
+@triton.jit(do_not_specialize=["COUNT"])
 def _block_logprobs(
-    logits, tokens, parts, ranks, candidates, V, BLOCKS, COUNT: tl.constexpr, B: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, tokens, parts, ranks, candidates, V, BLOCKS, COUNT, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one block of one row: tokens likelier than the row's own, and the COUNT likeliest as keys."""
     row = tl.program_id(0).to(tl.int64)
@@ -349,10 +350,10 @@ def _block_logprobs(
         key = tl.where(key == best, GONE, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def _row_logprobs(
-    logits, tokens, parts, ranks, candidates, own, rank, top, top_values, V, BLOCKS,
-    COUNT: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr,
+    logits, tokens, parts, ranks, candidates, own, rank, top, top_values, V, BLOCKS, COUNT,
+    B: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest, log = _row_sums(parts, row, BLOCKS, B)
@@ -482,13 +483,12 @@ def token_logprobs(
     grid = (rows, blocks)
     _block_sums[grid](logits, parts, size, blocks, BLOCK=LOGPROB_BLOCK, num_warps=8, **EXACT)
     _block_logprobs[grid](
-        logits, tokens, parts, ranks, candidates, size, blocks, COUNT=count, B=width,
+        logits, tokens, parts, ranks, candidates, size, blocks, count, B=width,
         BLOCK=LOGPROB_BLOCK, num_warps=8, **EXACT,
     )  # fmt: skip
     _row_logprobs[(rows,)](
-        logits, tokens, parts, ranks, candidates, own, rank, top, values, size, blocks,
-        COUNT=count, B=width, KEYS=triton.next_power_of_2(blocks * max(count, 1)),
-        num_warps=4, **EXACT,
+        logits, tokens, parts, ranks, candidates, own, rank, top, values, size, blocks, count,
+        B=width, KEYS=triton.next_power_of_2(blocks * max(count, 1)), num_warps=4, **EXACT,
     )  # fmt: skip
     return own, rank, top, values
 
