@@ -31,6 +31,12 @@ def test_in_the_interpreter() -> None:
     interpreter.run(__file__)
 
 
+@driver
+@pytest.mark.slow
+def test_more_in_the_interpreter() -> None:
+    interpreter.run(__file__, "slow")
+
+
 def kernels() -> dict[str, Kernel]:
     from fourfold.kernels.triton.compressor import KERNELS
 
@@ -76,7 +82,9 @@ def test_any_chunking_is_bit_equal(
 
 
 @interpreted
-@pytest.mark.parametrize(("ratio", "series"), KINDS)
+@pytest.mark.parametrize(
+    ("ratio", "series"), [KINDS[0], pytest.param(*KINDS[1], marks=pytest.mark.slow)]
+)
 def test_rollback_to_any_draft_position_is_bit_equal(
     ratio: int, series: int, folder: type[definition.Folder]
 ) -> None:

@@ -22,6 +22,12 @@ def test_in_the_interpreter() -> None:
     interpreter.run(__file__)
 
 
+@driver
+@pytest.mark.slow
+def test_more_in_the_interpreter() -> None:
+    interpreter.run(__file__, "slow")
+
+
 def kernels() -> dict[str, Kernel]:
     from fourfold.kernels.triton.mhc import KERNELS
 
@@ -65,7 +71,7 @@ def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("tokens", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_streams_that_are_one_memory_are_read_as_several(tokens: int) -> None:
     """As in front of the first layer: the same bits, and the memory stays as it was."""
     from fourfold.kernels.triton import mhc

@@ -11,6 +11,7 @@ from train.flavours import FLAVOURS, PLAIN, Flavour, answers_of, compare, load, 
 
 BY_NAME = {flavour.name: flavour for flavour in FLAVOURS}
 OTHERS = [name for name in BY_NAME if name != PLAIN]
+QUICKLY = ("fp8_experts", "prefix_hits", "bodies")
 Asked = Sequence[tuple[Case, int]]
 
 FEW = (
@@ -87,7 +88,7 @@ def few(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", QUICKLY)
 def test_a_flavour_changes_no_answer(name: str, few: Ran, nano: Path, tmp_path: Path) -> None:
     check(name, Ran(BY_NAME[name], nano, tmp_path, FEW), few)
 
