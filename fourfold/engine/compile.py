@@ -38,7 +38,7 @@ from fourfold.dist.comm import SingleComm
 from fourfold.engine.capacity import engine_row_formats
 from fourfold.engine.kernel_plan import plan_kernels
 from fourfold.engine.loading import prepare
-from fourfold.engine.runner import Runner
+from fourfold.engine.runner import PROMPT_LOGPROB_ROWS, Runner
 from fourfold.engine.slots import STOP_WIDTHS
 from fourfold.engine.verdicts import Verdicts
 from fourfold.model.v4 import DeepseekV4
@@ -303,6 +303,7 @@ class Collector:
         with torch.inference_mode(), record(self.arch, running) as variants:
             for key in steps:
                 self._step(key)
+            self._prompts()
         return [Wanted(op, variant) for variant, op in variants.items()]
 
     def _step(self, key: Key) -> None:
@@ -321,6 +322,17 @@ class Collector:
             runner.finish(placed, placed.logits, after)
         if placed.logits.shape[0]:
             self._asked(placed.logits)
+
+    def _prompts(self) -> None:
+        """Log probabilities of prompts: the head over more rows than a step has sequences."""
+        config, dtype = self.subject.config, self.subject.dtype
+        for count in token_counts(PROMPT_LOGPROB_ROWS):
+            streams = torch.empty(
+                count, config.hc_mult, config.hidden_size, dtype=dtype, device=META
+            )
+            logits = self.runner.model.head(streams)
+            ids = torch.empty(count, dtype=torch.int64, device=META)
+            self.plan.token_logprobs(logits, ids, 1)
 
     def _asked(self, logits: Tensor) -> None:
         """Penalties, masks and log probabilities."""

@@ -182,7 +182,7 @@ def test_fp8_products_run_on_matrix_units(name: str, instruction: str) -> None:
     variants = [
         variant for variant in of_model(name, "flash")["linear"] if "*fp8" in str(variant.signature)
     ]
-    results = assert_compiled(variants[:2], ARCHS[name])
+    results = assert_compiled(variants[:1], ARCHS[name])
     assert results
     for result in results:
         assert instruction in read_assembly(result.variant.name, result.digest)

@@ -22,6 +22,12 @@ def test_in_the_interpreter() -> None:
     interpreter.run(__file__)
 
 
+@driver
+@pytest.mark.slow
+def test_more_in_the_interpreter() -> None:
+    interpreter.run(__file__, "slow")
+
+
 @interpreted
 def test_equals_the_body() -> None:
     from fourfold.kernels.triton.indexer import KERNELS
@@ -94,7 +100,7 @@ NAMES = (
 
 @interpreted
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("topk", [1, 64, 100])
+@pytest.mark.parametrize("topk", [1, pytest.param(64, marks=pytest.mark.slow), 100])
 def test_choice_among_given_scores(name: str, topk: int) -> None:
     """One head, keys that are multiples of a unit vector: the scores are the keys' lengths."""
     from fourfold.kernels.triton import indexer

@@ -31,6 +31,12 @@ def test_in_the_interpreter() -> None:
     interpreter.run(__file__)
 
 
+@driver
+@pytest.mark.slow
+def test_more_in_the_interpreter() -> None:
+    interpreter.run(__file__, "slow")
+
+
 def kernels() -> dict[str, Kernel]:
     from fourfold.kernels.triton.sampling import KERNELS
 
@@ -69,7 +75,9 @@ def parameters(count: int, generator: torch.Generator) -> SamplingRows:
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["spread", "flat", "tied", "barred", "peaked"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("flat", marks=pytest.mark.slow), "spread", "tied", "barred", "peaked"]
+)
 def test_takes_the_bodys_token(kind: str) -> None:
     """Sums of float64 in another order: a different token needs a number within 1e-12 of a boundary, as
     with top_p 0.5 and four equal tokens, where the body's own rounding decides."""
