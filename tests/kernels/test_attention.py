@@ -48,6 +48,7 @@ def kernel() -> Any:
 
 
 @interpreted
+@pytest.mark.slow
 def test_equals_the_body() -> None:
     from fourfold.kernels.triton.attention import KERNELS
 

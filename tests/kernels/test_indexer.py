@@ -42,7 +42,7 @@ def test_equals_the_body() -> None:
     [
         (RowKind.PLAIN, 0, torch.float32),
         (RowKind.FP8_WHOLE, 0, torch.bfloat16),
-        (RowKind.PLAIN, 300, torch.bfloat16),
+        pytest.param(RowKind.PLAIN, 300, torch.bfloat16, marks=pytest.mark.slow),
         (RowKind.FP8_WHOLE, 300, torch.float32),
     ],
 )

@@ -49,6 +49,7 @@ def inputs(tokens: int, dim: int) -> tuple[tuple[Tensor, ...], Site]:
 
 
 @interpreted
+@pytest.mark.slow
 def test_a_token_does_not_depend_on_the_batch_nor_on_the_form() -> None:
     """Bit for bit: alone, in a batch, fused or in two steps, a program for one stream or for all, for one
     tile of tokens or several."""

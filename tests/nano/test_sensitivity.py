@@ -49,8 +49,6 @@ def _model(nano: Path, fault: Fault | None) -> LLM:
 # A fault, a skill that needs what it breaks, one that does not, and how many questions of each.
 SEEN = (
     ("short window", Case("tool_result"), 6, Case("arithmetic"), 24),
-    ("raw weights", Case("arithmetic_thinking"), 12, Case("recall_near"), 24),
-    ("blank rows", Case("recall_far", 600), 4, Case("recall_near"), 24),
     ("latest rows", Case("recall_far", 600), 4, Case("recall_near"), 24),
 )
 MORE = (
