@@ -217,7 +217,8 @@ def _in_helper(variants: Sequence[Variant], arch: Arch) -> int:
 
 def help_out() -> None:
     """What a helper does: compile what stdin holds, print how much of it was new."""
-    arch, knobs.cache.dir, variants = ast.literal_eval(sys.stdin.buffer.read().decode())
+    arch, cache, variants = ast.literal_eval(sys.stdin.buffer.read().decode())
+    knobs.cache.dir = cache
     with counted() as counts:
         compile_quietly((Variant(*each) for each in variants), ARCHS[arch])
     sys.stdout.write(str(len(counts.compiled)))
