@@ -7,11 +7,12 @@ the run in one, but for a warm-up after each start.
     rows       2048   2048, every third step 8192 or 16384
     indexer    watches, at every length chooses the rows
     rounding   none                                             FP4, FP8
-    drill      half until 0.06, then a tenth: texts to repeat (train/data/repeat.py)
+    drill      half until 0.1, a tenth until 0.6: texts to repeat (train/data/repeat.py)
     rate       full until 0.7, then down to 2 % along a cosine
 
 An indexer learns from attention over all rows first, long texts included: once it chooses, attention
-shows it nothing of rows that it leaves out.
+shows it nothing of rows that it leaves out. The drill ends early: whoever has just repeated a text goes on
+with the next sentence where one was asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from train.step import Mode
 
 SHORT = 2048
 LONG = (8192, 16384)
-DRILL, DRILL_UNTIL, DRILL_AFTER = 0.5, 0.06, 0.1
+DRILL = ((0.1, 0.5), (0.6, 0.1))  # until when, what share of the tokens
 LONG_FROM = 0.12
 SPARSE_FROM = 0.7
 QUANTISED_FROM = 0.85
@@ -64,7 +65,8 @@ class Schedule:
 
     def drill_at(self, step: int) -> float:
         """The share of texts to repeat."""
-        return DRILL if step / self.steps < DRILL_UNTIL else DRILL_AFTER
+        progress = step / self.steps
+        return next((share for until, share in DRILL if progress < until), 0.0)
 
     def rate_at(self, step: int, since_start: int) -> float:
         """The learning rate, `since_start` steps after this process began."""

@@ -28,6 +28,7 @@ def compile_ahead(loaded: LoadedModel, config: EngineConfig) -> tuple[str, ...]:
     collector = Collector(subject, device.arch, config, loaded.verdicts)
     wanted = collector.collect(steps(config, token_counts(config.max_num_batched_tokens)))
     cores = len(os.sched_getaffinity(0))
-    new = compile_here((each.variant for each in wanted), device.arch, cores)
+    new, died = compile_here((each.variant for each in wanted), device.arch, cores)
     took = time.perf_counter() - began
-    return (f"{len(wanted)} kernel variants, {new} of them compiled now, in {took:.1f} s",)
+    words = (f"{len(wanted)} kernel variants, {new} of them compiled now, in {took:.1f} s",)
+    return (*words, f"{died}; what they lack compiles when it is launched") if died else words

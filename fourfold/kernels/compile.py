@@ -171,8 +171,9 @@ def compile_variant(variant: Variant, arch: Arch) -> Compiled:
     return Compiled(variant, arch.name, took, needs, needs.excess(arch), all(hits), binary.hash)
 
 
-def compile_here(variants: Iterable[Variant], arch: Arch, processes: int) -> int:
-    """Compile into Triton's cache those of `variants` that it lacks; how many these were.
+def compile_here(variants: Iterable[Variant], arch: Arch, processes: int) -> tuple[int, str]:
+    """Compile into Triton's cache those of `variants` that it lacks: how many these were, and what there
+    is to say of helpers that died (nothing, as a rule).
 
     A few in this process; more in others, as the compiler holds the interpreter's lock for half of its
     work. What does not compile is left to fail where it is launched.
@@ -189,8 +190,10 @@ def compile_here(variants: Iterable[Variant], arch: Arch, processes: int) -> int
         list(pool.map(one, variants))
     shares = [left[n::processes] for n in range(min(processes, len(left)))]
     with ThreadPoolExecutor(len(shares) or 1) as pool:
-        new = sum(pool.map(lambda share: _in_helper(share, arch), shares))
-    return len(counts.compiled) + new
+        told = list(pool.map(lambda share: _in_helper(share, arch), shares))
+    died = [words for _, words in told if words]
+    words = f"{len(died)} compiler processes died, the first with: {died[0]}" if died else ""
+    return len(counts.compiled) + sum(new for new, _ in told), words
 
 
 def compile_quietly(variants: Iterable[Variant], arch: Arch) -> None:
@@ -200,19 +203,22 @@ def compile_quietly(variants: Iterable[Variant], arch: Arch) -> None:
             compiled_binary(variant, arch)
 
 
-def _in_helper(variants: Sequence[Variant], arch: Arch) -> int:
-    """Compile in a process of its own; how many were new. It is not one of `multiprocessing`, which would
-    run the caller's main module again."""
+def _in_helper(variants: Sequence[Variant], arch: Arch) -> tuple[int, str]:
+    """Compile in a process of its own: how many were new, and its last words if it died. It is not one of
+    `multiprocessing`, which would run the caller's main module again."""
     # Variants are tuples of names and numbers: Python literals.
     work = repr((arch.name, knobs.cache.dir, [astuple(variant) for variant in variants]))
     done = subprocess.run(
         [sys.executable, "-m", "fourfold.kernels.compile"],
         input=work.encode(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
         check=False,
     )
-    return int(done.stdout) if done.returncode == 0 else 0
+    if done.returncode == 0:
+        return int(done.stdout), ""
+    lines = done.stderr.decode(errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()] or ["nothing"]
+    return 0, f"exit status {done.returncode}, {said[-1]}"
 
 
 def help_out() -> None:

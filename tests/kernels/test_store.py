@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_what_many_processes_compile_is_found(store: Path, monkeypatch: pytest.M
             rms_norm(torch.zeros(3, size), torch.zeros(size), 1e-6)
     assert len(variants) == 3
     monkeypatch.setattr(compiling, "FEW", 1)
-    assert compiling.compile_here(variants, arch, 1) == 3
-    assert compiling.compile_here(variants, arch, 1) == 0
+    assert compiling.compile_here(variants, arch, 1) == (3, "")
+    assert compiling.compile_here(variants, arch, 1) == (0, "")
     assert len([*store.glob("*/*.amdgcn")]) == 3
+
+
+def test_a_helper_that_dies_says_so(store: Path) -> None:
+    from fourfold.kernels import compile as compiling
+
+    new, words = compiling._in_helper([], replace(ARCHS["gfx942"], name="gfx000"))
+    assert (new, words) == (0, "exit status 1, KeyError: 'gfx000'")

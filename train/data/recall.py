@@ -18,6 +18,7 @@ _SAMPLE = 20  # sentences whose mean length tells how many make a text
 _DENSE = 0.7  # of the texts to learn from: about every other sentence is a fact
 _MOST_FACTS = 32
 _MOST_QUESTIONS = 20
+_ONE_QUESTION = 0.3  # of the texts to learn from: as in evaluation
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def far(random: Random, evaluation: bool, thinking: bool, length: int, count: Co
     else:
         # Half of them, some more than once: else the last to be asked is what was not said yet.
         told = random.sample(facts, max(1, len(facts) // 2))
-        asked = random.choices(told, k=min(2 * len(told), _MOST_QUESTIONS))
+        most = 1 if random.random() < _ONE_QUESTION else _MOST_QUESTIONS
+        asked = random.choices(told, k=min(2 * len(told), most))
     text = "Remember this text.\n" + " ".join(sentences) + "\n"
     return _questions("recall_far", [], asked, thinking, text)
