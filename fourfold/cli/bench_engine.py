@@ -186,6 +186,13 @@ def bench_prefill(
 @click.option("--experts", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--dim", type=click.IntRange(1), default=4096, show_default=True)
 @click.option("--inner", type=click.IntRange(1), default=2048, show_default=True)
+@click.option(
+    "--routing",
+    type=click.Choice(["random", "even"]),
+    default="random",
+    show_default=True,
+    help="How tokens choose experts.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N].")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a list."

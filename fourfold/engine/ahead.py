@@ -20,7 +20,7 @@ def compile_ahead(loaded: LoadedModel, config: EngineConfig) -> tuple[str, ...]:
     device = loaded.device
     if Feature.TRITON not in device.features or device.torch_device.type == "cpu":
         return ()
-    from fourfold.kernels.compile import compile_here
+    from fourfold.kernels.compile_many import FEW, compile_all
 
     began = time.perf_counter()
     shapes = {name: weight.to(META) for name, weight in loaded.weights.items()}
@@ -28,7 +28,12 @@ def compile_ahead(loaded: LoadedModel, config: EngineConfig) -> tuple[str, ...]:
     collector = Collector(subject, device.arch, config, loaded.verdicts)
     wanted = collector.collect(steps(config, token_counts(config.max_num_batched_tokens)))
     cores = len(os.sched_getaffinity(0))
-    new, died = compile_here((each.variant for each in wanted), device.arch, cores)
+    done = compile_all((each.variant for each in wanted), device.arch, processes=cores, here=FEW)
     took = time.perf_counter() - began
+    new = sum(not each.cached for each in done)
     words = (f"{len(wanted)} kernel variants, {new} of them compiled now, in {took:.1f} s",)
-    return (*words, f"{died}; what they lack compiles when it is launched") if died else words
+    failed = [each for each in done if not each.ok]
+    if not failed:
+        return words
+    names = ", ".join(sorted({each.variant.name for each in failed}))
+    return (*words, f"{len(failed)} of them failed ({names}); the first: {failed[0].error}")

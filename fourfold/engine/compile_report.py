@@ -142,7 +142,7 @@ def compile_for(
     Raises `KernelError` if `cache` is another build's or a forced kernel cannot run on `arch`.
     """
     from fourfold.kernels import store
-    from fourfold.kernels.compile import compile_all
+    from fourfold.kernels.compile_many import compile_all
 
     began = time.perf_counter()
     collector = Collector(subject, arch, engine)

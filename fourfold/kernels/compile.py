@@ -1,27 +1,18 @@
-"""Compiles variants ahead of time, on any machine, and reads what the binaries need.
+"""Compiles one variant ahead of time, on any machine, and reads what the binary needs.
 
-Contract: `compile_variant` compiles one variant as Triton would on the device and puts it where Triton
+Contract: `compile_variant` compiles a variant as Triton would on the device and puts it where Triton
 looks for it; `Resources` are read from the binary, and `excess` says what of them the target does not
-have. The compiler itself rejects neither too much shared memory nor spills. Everything that fails comes
-back as a `Compiled` with the reason; nothing is raised for a single variant.
+have. The compiler itself rejects neither too much shared memory nor spills. What fails comes back as a
+`Compiled` with the reason; nothing is raised. Many at once: compile_many.py.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import os
 import re
 import struct
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -30,12 +21,10 @@ from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fourfold.core.device import ARCHS, Arch
-from fourfold.kernels.store import counted
+from fourfold.core.device import Arch
 from fourfold.kernels.targets import triton_target
 from fourfold.kernels.variants import Variant
 
-FEW = 8  # variants that are compiled sooner than another process has started
 _REGISTERS_A_BLOCK = 65_536  # NVIDIA: of all threads of a block
 _TENSOR_MEMORY = 512  # columns
 # ELF: the kernel's code is `.text.NAME`; the attributes of each function stand in `.nv.info`.
@@ -158,76 +147,23 @@ _COMPILER_ERRORS = (CompilationError, RuntimeError, ValueError, TypeError, Asser
 def compile_variant(variant: Variant, arch: Arch) -> Compiled:
     """Compile one variant for `arch`, or find it in the cache."""
     hits: list[bool] = []
-    began = time.perf_counter()
     with knobs.compilation.scope():
         knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
-        try:
-            binary = compiled_binary(variant, arch)
-        except _COMPILER_ERRORS as error:
-            took = time.perf_counter() - began
-            return Compiled(variant, arch.name, took, error=_reason(error))
+        return compile_heard(variant, arch, hits)
+
+
+def compile_heard(variant: Variant, arch: Arch, hits: Sequence[bool]) -> Compiled:
+    """`compile_variant`, for a caller that listens to Triton itself: it says into `hits` whether what
+    was asked for was in the cache."""
+    began = time.perf_counter()
+    try:
+        binary = compiled_binary(variant, arch)
+    except _COMPILER_ERRORS as error:
+        took = time.perf_counter() - began
+        return Compiled(variant, arch.name, took, error=_reason(error))
     needs = resources(binary)
     took = time.perf_counter() - began
     return Compiled(variant, arch.name, took, needs, needs.excess(arch), all(hits), binary.hash)
-
-
-def compile_here(variants: Iterable[Variant], arch: Arch, processes: int) -> tuple[int, str]:
-    """Compile into Triton's cache those of `variants` that it lacks: how many these were, and what there
-    is to say of helpers that died (nothing, as a rule).
-
-    A few in this process; more in others, as the compiler holds the interpreter's lock for half of its
-    work. What does not compile is left to fail where it is launched.
-    """
-    left: list[Variant] = []
-
-    def one(variant: Variant) -> None:
-        if len(counts.compiled) >= FEW:
-            left.append(variant)
-        else:
-            compile_quietly([variant], arch)
-
-    with counted() as counts, ThreadPoolExecutor(min(processes, 4)) as pool:
-        list(pool.map(one, variants))
-    shares = [left[n::processes] for n in range(min(processes, len(left)))]
-    with ThreadPoolExecutor(len(shares) or 1) as pool:
-        told = list(pool.map(lambda share: _in_helper(share, arch), shares))
-    died = [words for _, words in told if words]
-    words = f"{len(died)} compiler processes died, the first with: {died[0]}" if died else ""
-    return len(counts.compiled) + sum(new for new, _ in told), words
-
-
-def compile_quietly(variants: Iterable[Variant], arch: Arch) -> None:
-    """Compile `variants` as far as they compile."""
-    for variant in variants:
-        with contextlib.suppress(*_COMPILER_ERRORS):
-            compiled_binary(variant, arch)
-
-
-def _in_helper(variants: Sequence[Variant], arch: Arch) -> tuple[int, str]:
-    """Compile in a process of its own: how many were new, and its last words if it died. It is not one of
-    `multiprocessing`, which would run the caller's main module again."""
-    # Variants are tuples of names and numbers: Python literals.
-    work = repr((arch.name, knobs.cache.dir, [astuple(variant) for variant in variants]))
-    done = subprocess.run(
-        [sys.executable, "-m", "fourfold.kernels.compile"],
-        input=work.encode(),
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode == 0:
-        return int(done.stdout), ""
-    lines = done.stderr.decode(errors="replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()] or ["nothing"]
-    return 0, f"exit status {done.returncode}, {said[-1]}"
-
-
-def help_out() -> None:
-    """What a helper does: compile what stdin holds, print how much of it was new."""
-    arch, cache, variants = ast.literal_eval(sys.stdin.buffer.read().decode())
-    knobs.cache.dir = cache
-    with counted() as counts:
-        compile_quietly((Variant(*each) for each in variants), ARCHS[arch])
-    sys.stdout.write(str(len(counts.compiled)))
 
 
 def _reason(error: BaseException) -> str:
@@ -236,61 +172,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
-
-
-def _compile_in_process(variant: Variant, arch: str, cache: str | None) -> Compiled:
-    if cache:
-        knobs.cache.dir = cache
-    return compile_variant(variant, ARCHS[arch])
-
-
-def _quiet() -> None:
-    """The compiler prints a kernel's whole intermediate code when a pass fails: the reason is enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _fresh(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
-
-
-def compile_all(
-    variants: Iterable[Variant],
-    arch: Arch,
-    cache: Path | None = None,
-    processes: int = 1,
-    done: Callable[[Compiled], None] = lambda compiled: None,
-) -> list[Compiled]:
-    """Compile `variants` into `cache` (None: Triton's own place), in order of `variants`.
-
-    `done` is told of each as it is finished. Every process is a fresh interpreter; a compiler that takes
-    its process down fails that variant alone.
-    """
-    wanted = list(variants)
-    place = str(cache) if cache else None
-    results: dict[int, Compiled] = {}
-
-    def keep(number: int, compiled: Compiled) -> None:
-        results[number] = compiled
-        done(compiled)
-
-    with _fresh(processes) as pool:
-        futures = {
-            pool.submit(_compile_in_process, variant, arch.name, place): number
-            for number, variant in enumerate(wanted)
-        }
-        for future in as_completed(futures):
-            if not isinstance(future.exception(), BrokenProcessPool):
-                keep(futures[future], future.result())
-    for number in (n for n in range(len(wanted)) if n not in results):
-        with _fresh(1) as pool:
-            alone = pool.submit(_compile_in_process, wanted[number], arch.name, place)
-            if isinstance(alone.exception(), BrokenProcessPool):
-                crash = Compiled(wanted[number], arch.name, 0.0, error="the compiler crashed")
-                keep(number, crash)
-            else:
-                keep(number, alone.result())
-    return [results[number] for number in range(len(wanted))]
-
-
-if __name__ == "__main__":
-    help_out()

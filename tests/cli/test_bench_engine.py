@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,21 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fourfold.cli import main
+from fourfold.engine import benchmark, benchmark_op, roofline
 
 pytestmark = pytest.mark.full
 
 TINY = ("--geometry", "tiny", "--layers", "4", "--device", "cpu", "--step-tokens", "128")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_once() -> Iterator[None]:
+    """A device's ceilings take a second to measure."""
+    with pytest.MonkeyPatch.context() as patch:
+        once = functools.cache(roofline.measure)
+        for module in (benchmark, benchmark_op):
+            patch.setattr(module, "measure", once)
+        yield
 
 
 def call(*words: str) -> Result:
@@ -76,6 +89,22 @@ def test_op(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert len(found) == 2 * len(kernels)
     assert all(each["us"] > 0 for each in found)
     assert len(result.stdout.splitlines()) == 1 + len(found)
+
+
+def test_even_routing_gives_every_expert_as_many_tokens() -> None:
+    from fourfold.core.device import detect
+    from fourfold.engine.benchmark_op import OpBench, OpSetting
+    from fourfold.engine.roofline import Ceilings
+
+    device, ceilings = detect("cpu"), Ceilings(1.0, 1.0, 1.0)
+    bench = OpBench("routed_experts", OpSetting(routing="even"), device, ceilings)
+    ids = bench.routed(683, 256, 6)
+    assert ids.shape == (683, 6)
+    assert all(len({*row}) == 6 for row in ids.tolist())
+    counts = ids.flatten().bincount(minlength=256)
+    assert {*counts.tolist()} == {16, 17}
+    drawn = OpBench("routed_experts", OpSetting(), device, ceilings).routed(683, 256, 6)
+    assert int(drawn.flatten().bincount(minlength=256).max()) > 20
 
 
 @pytest.mark.parametrize(

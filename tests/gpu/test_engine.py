@@ -7,8 +7,9 @@ from __future__ import annotations
 import gc
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fourfold.engine.loading import LoadedModel, random_model
 from fourfold.engine.workspace import capture_sizes
 from fourfold.model.parts import in_turn
 from fourfold.model.v4 import DeepseekV4
+from tests.kernels.traced import of_libraries, our_kernels, strangers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -225,6 +227,17 @@ def test_side_streams_change_nothing_in_100_batches(loaded: LoadedModel) -> None
         assert differing(answers(several, requests), answers(one, requests)) == [], seed
 
 
+def traced(run: Callable[[], object], folder: Path) -> list[dict[str, Any]]:
+    """What the GPU did in `run()`: kernels, copies and fills, as events of a Chrome trace."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    return [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
 def at_once(loaded: LoadedModel, folder: Path) -> tuple[float, float]:
     """Of one sequence's decode steps: µs in which several kernels run, and µs from first to last."""
     engine = start(loaded, seats=1)
@@ -233,14 +246,8 @@ def at_once(loaded: LoadedModel, folder: Path) -> tuple[float, float]:
     engine.add(replace(request, params=replace(request.params, max_tokens=30)))
     for _ in range(4):
         engine.step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        for _ in range(8):
-            engine.step()
-        torch.cuda.synchronize()
-    recorded.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    ran = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "kernel")
+    events = traced(lambda: [engine.step() for _ in range(8)], folder)
+    ran = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["cat"] == "kernel")
     shared, until = 0.0, ran[0][0]
     for begin, end in ran:
         shared += max(min(end, until) - begin, 0.0)
@@ -255,6 +262,32 @@ def test_a_trace_shows_kernels_side_by_side(loaded: LoadedModel, tmp_path: Path)
     )
     print(f"at once {several:.0f} of {took:.0f} µs; on one stream {one:.0f} of {took_one:.0f} µs")
     assert several > one
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["captured", "eager"])
+def test_a_step_runs_the_projects_kernels_alone(
+    loaded: LoadedModel, eager: bool, tmp_path: Path
+) -> None:
+    """No product of a vendor's library, whose order of summation would depend on the batch: in prompts
+    of 1 to 3,000 tokens, in decode steps of 1 to 9, sampled, with log probabilities of both."""
+    engine = start(loaded, enforce_eager=eager)
+    few = replace(PARAMS, max_tokens=6, top_p=0.9, frequency_penalty=0.5)
+    some, (one,) = work(9, 8, 30, few), work(1, 9, 30, replace(few, prompt_logprobs=3))
+    long = tuple(random.Random(9).randrange(2, 100_000) for _ in range(3000))
+    cases = {
+        "prompts and decode steps of nine": some,
+        "a prompt and decode steps of one": [one],
+        "a long prompt": [replace(one, prompt_token_ids=long)],
+    }
+    for name, requests in cases.items():
+        answers(engine, requests)  # compiles and warms
+        events = traced(partial(answers, engine, requests), tmp_path)
+        names = {str(e["name"]) for e in events}
+        ours = sorted(names & our_kernels())
+        print(f"{name}: {len(events)} launches, {len(names)} names, {len(ours)} of them our own")
+        assert of_libraries(names) == [], name
+        assert strangers(names) == [], name
+        assert len(ours) > 20, name
 
 
 def test_a_chunk_at_128k_needs_little_workspace(loaded: LoadedModel) -> None:

@@ -267,8 +267,10 @@ TOGETHER = {
 def test_several_layers_of_one_input_are_bit_for_bit_each_by_itself(
     name: str, scale_format: str, kernel: Kernel
 ) -> None:
-    """As the portable kernel computes each, for every number of tokens; K from one block to 64."""
-    alone = next(k for k in available() if (k.op, k.name) == ("linear", "triton")).run
+    """As the kernel of one layer computes each, for every number of tokens; K from one block to 64."""
+    # The portable one, but for the kernel that sums in another order.
+    name_of_one = kernel.name if kernel.name == "triton_decoded" else "triton"
+    alone = next(k for k in available() if (k.op, k.name) == ("linear", name_of_one)).run
     for size in (128, 1024, 4096):
         made = [
             weight(rows, size, scale_format, n) for n, (rows, _, _) in enumerate(TOGETHER[name])

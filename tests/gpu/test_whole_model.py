@@ -4,6 +4,7 @@ its steps against the op's definition, and the logits against a model that runs 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from fourfold.engine.oneshot import one_shot
 from fourfold.model.v4 import DeepseekV4
 from fourfold.ops.catalog import OPS
 from fourfold.ops.compare import FLIPPED, tensors
-from fourfold.ops.registry import KernelPlan
+from fourfold.ops.registry import Kernel, KernelPlan
 from fourfold.ops.rows import read_rows
 from tests.kernels.launches import mapped
 from tests.support import prompts
@@ -71,10 +72,12 @@ class Compared:
                 self._within = False
             places = list(op.body.__code__.co_varnames[begin : op.body.__code__.co_argcount])
             order = [*places[: len(given) - begin], *named]
-            for argument in op.writes:
-                at = order.index(argument)
-                got, expected = (got, ours[at]), (expected, theirs[at])
-            self._note(name, got, expected)
+            written = [order.index(argument) for argument in op.writes]
+            self._note(
+                name,
+                [got, *(ours[at] for at in written)],
+                [expected, *(theirs[at] for at in written)],
+            )
             return got
 
         return compared
@@ -97,8 +100,9 @@ class Compared:
             if b.coded:
                 off = (error > allowed * y.abs()[fine]).double().mean()
                 flipped = max(flipped, float(off))
-            elif largest:
-                worst = max(worst, float(error.max()) / (allowed * largest))
+            elif error.numel() and (most := float(error.max())):
+                exact = not allowed * largest
+                worst = math.inf if exact else max(worst, most / (allowed * largest))
         self.found[name] = worst, flipped, calls + 1
 
 
@@ -162,30 +166,52 @@ def test_every_op_of_an_engines_steps_is_within_its_tolerance(geometry: str) -> 
     assert not over, over
 
 
+def nudged(body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body`, whose bfloat16 results are one unit in the last place off, up or down, a third of them not."""
+
+    def nudge(x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16 or x.numel() >= LARGE:
+            return x
+        return x * (1 + (torch.randint_like(x, -1, 2) * 2**-8))
+
+    return lambda *given, **named: mapped(body(*given, **named), nudge)
+
+
 def test_logits_are_those_of_the_definitions(geometry: str) -> None:
     """Row by row, at every token of three prompts, relative to the row's length.
 
-    Not each row's error is an op's: a router's choice between two experts that are nearly equal, or a
-    code at a tie, may fall to either side, and layers behind carry it on.
+    What is allowed is measured: eight layers of random weights carry a last bit far, as a router's choice
+    between experts that are nearly equal, or a code at a tie, falls to either side. So the definitions
+    are compared with themselves too, with results that are one last bit off; kernels whose every op is
+    within its tolerance may be as far from them.
     """
     loaded = model_of(geometry)
     parameters = dict(loaded.weights)
-    by_definition = DeepseekV4(loaded.config, parameters, BODIES, SingleComm())
+    off = {op.name: Kernel(op.name, "nudged", nudged(op.body), frozenset()) for op in OPS}
+    plans = (BODIES, KernelPlan(OPS, off, ()))
+    exact, other = (DeepseekV4(loaded.config, parameters, plan, SingleComm()) for plan in plans)
     tokens = prompts(loaded.config.vocab_size, (300, 1, 90), 4)
+    torch.manual_seed(0)
     with torch.inference_mode():
-        got, expected = (one_shot(m, tokens).logits.float() for m in (loaded.model, by_definition))
+        expected, got, moved = (
+            one_shot(model, tokens).logits.float() for model in (exact, loaded.model, other)
+        )
     assert torch.isfinite(got).all()
-    error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-    agreeing = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
-    print(
-        f"{geometry}: relative error of logits: median {error.median():.2e}, 90 % "
-        f"{error.quantile(0.9):.2e}, most {error.max():.2e}; first choices agree {agreeing:.1%}"
-    )
-    assert float(error.median()) < MEDIAN
-    assert agreeing > AGREEING
+    found = {}
+    for name, each in (("kernels", got), ("a last bit", moved)):
+        error = (each - expected).norm(dim=-1) / expected.norm(dim=-1)
+        agreeing = float((each.argmax(-1) == expected.argmax(-1)).float().mean())
+        found[name] = float(error.median()), agreeing
+        print(
+            f"{geometry}, {name}: relative error of logits: median {error.median():.2e}, 90 % "
+            f"{error.quantile(0.9):.2e}, most {error.max():.2e}; first choices agree {agreeing:.1%}"
+        )
+    (ours, agree), (floor, floor_agrees) = found["kernels"], found["a last bit"]
+    assert ours < MORE * floor
+    assert 1 - agree < MORE * (1 - floor_agrees) + 0.01
 
 
-MEDIAN, AGREEING = 0.05, 0.8
+MORE = 1.5
 
 
 def test_what_is_compared_is_seen_to_differ() -> None:

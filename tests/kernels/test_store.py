@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from fourfold.core.device import ARCHS
+
+if TYPE_CHECKING:
+    from fourfold.kernels.variants import Variant
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.full
@@ -44,25 +48,54 @@ def test_a_launch_finds_what_was_compiled_ahead(arch: str, size: int, store: Pat
     assert len(counts.found) == len(variants) == 1
 
 
-def test_what_many_processes_compile_is_found(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the first go to helpers, whose cache is this one; a second time there is nothing to do."""
-    from fourfold.kernels import compile as compiling
+def three(arch: str) -> list[Variant]:
     from fourfold.kernels.triton.norm import rms_norm
     from fourfold.kernels.variants import record
 
-    arch = ARCHS["gfx942"]
-    with record(arch) as variants:
+    with record(ARCHS[arch]) as variants:
         for size in (64, 200, 256):
             rms_norm(torch.zeros(3, size), torch.zeros(size), 1e-6)
     assert len(variants) == 3
-    monkeypatch.setattr(compiling, "FEW", 1)
-    assert compiling.compile_here(variants, arch, 1) == (3, "")
-    assert compiling.compile_here(variants, arch, 1) == (0, "")
+    return [*variants]
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_what_many_processes_compile_is_found(store: Path, here: int) -> None:
+    """All, or all but the first, go to helpers, whose cache is this one; then there is nothing to do."""
+    from fourfold.kernels.compile_many import compile_all
+
+    variants, arch, told = three("gfx942"), ARCHS["gfx942"], []
+    done = compile_all(variants, arch, processes=2, done=told.append, here=here)
+    assert [each.variant for each in done] == variants
+    assert all(each.ok and not each.cached for each in done)
+    assert {id(each) for each in told} == {id(each) for each in done}
+    again = compile_all(variants, arch, processes=2, here=here)
+    assert all(each.ok and each.cached for each in again)
+    assert [each.resources for each in again] == [each.resources for each in done]
     assert len([*store.glob("*/*.amdgcn")]) == 3
 
 
-def test_a_helper_that_dies_says_so(store: Path) -> None:
-    from fourfold.kernels import compile as compiling
+def test_a_compiler_that_crashes_fails_its_variant_alone(store: Path) -> None:
+    """Another helper goes on behind it; the error has its last words."""
+    from fourfold.kernels.compile_many import compile_all
 
-    new, words = compiling._in_helper([], replace(ARCHS["gfx942"], name="gfx000"))
-    assert (new, words) == (0, "exit status 1, KeyError: 'gfx000'")
+    first, second, third = three("gfx942")
+    # No such module: what the helper does not expect ends it, as a crash of the compiler would.
+    second = replace(second, module="fourfold.kernels.nothing")
+    done = compile_all([first, second, third], ARCHS["gfx942"])
+    assert [each.ok for each in done] == [True, False, True]
+    assert done[1].error == (
+        "the compiler crashed: ModuleNotFoundError: No module named 'fourfold.kernels.nothing'"
+    )
+
+
+def test_what_does_not_compile_has_its_reason(store: Path) -> None:
+    from fourfold.kernels.compile_many import compile_all
+
+    first, second, _ = three("gfx942")
+    odd = replace(first, constants=((first.constants[0][0], "no number"), *first.constants[1:]))
+    for here in (0, 8):
+        wrong, right = compile_all([odd, second], ARCHS["gfx942"], here=here)
+        assert right.ok
+        assert not wrong.ok
+        assert "crashed" not in wrong.error

@@ -21,12 +21,12 @@ from train.data.items import Item
 from train.geometry import PADDING
 
 SHARES: Mapping[str, float] = {
-    "arithmetic": 0.14,
-    "arithmetic_thinking": 0.14,
+    "arithmetic": 0.18,
+    "arithmetic_thinking": 0.16,
     "tool_call": 0.08,
     "tool_result": 0.07,
     "recall_near": 0.05,
-    "recall_far": 0.42,
+    "recall_far": 0.36,
     "schema": 0.07,
     "about": 0.03,
 }

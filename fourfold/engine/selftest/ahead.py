@@ -39,7 +39,7 @@ def compile_ahead(
     what there is to say about it."""
     if Feature.TRITON not in device.features:
         return ""
-    from fourfold.kernels.compile import compile_all
+    from fourfold.kernels.compile_many import compile_all
 
     variants: dict[Variant, None] = {}
     missed = sum(map(int, _of_cases(device, found, tuple(dtypes), variants)))

@@ -25,7 +25,7 @@ EXPERTS: tuple[tuple[QuantScheme, str], ...] = (
     (FP8_BLOCK, "f32"),
 )
 
-FP8_SUMS, FP8_INPUTS = 2e-3, 6e-2
+FP8_SUMS, FP8_BEHIND_FP8, FP8_INPUTS = 2e-3, 5e-3, 6e-2
 
 SAME_TOKENS: Mapping[str, tuple[str, ...]] = FrozenDict(
     {
@@ -65,12 +65,14 @@ def cases(op: Op, make: CaseMaker) -> Iterator[Case]:
 def tolerance(op: Op, kernel: str, case: Case, dtype: torch.dtype) -> float:
     """How far off a kernel may be, relative to the largest expected number.
 
-    FP8 matrix units add with fewer bits than float32 has; a form of `wo_a` called fp8 rounds its inputs to
-    FP8 besides, which the definition does not.
+    FP8 matrix units add with fewer bits than float32 has; behind an expert's first product its inputs are
+    rounded to FP8, which may then fall to another side. A form of `wo_a` called fp8 rounds its inputs
+    besides, which the definition does not.
     """
     allowed = op.tolerance.of(dtype)
     if any(isinstance(value, QuantTensor) for value in _parts(case.arguments.values())):
-        allowed = max(allowed, FP8_INPUTS if kernel.startswith("fp8") else FP8_SUMS)
+        sums = FP8_BEHIND_FP8 if op.name == "routed_experts" else FP8_SUMS
+        allowed = max(allowed, FP8_INPUTS if kernel.startswith("fp8") else sums)
     return allowed
 
 

@@ -150,8 +150,9 @@ def parts(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[slice, Mapping
     """Parts of a batch, where tokens can be told apart and the kernels promise equal bits."""
     names = SAME_TOKENS.get(op.name, ())
     count = arguments[names[0]].shape[0] if names else 0
-    # Plain experts are run by the definition.
-    if count < 2 or (op.name == "routed_experts" and not isinstance(arguments["w1"], QuantTensor)):
+    # Experts with plain weights run by the definition, whose products promise nothing.
+    weight = {"routed_experts": "w1", "shared_expert": "w2"}.get(op.name)
+    if count < 2 or (weight and not isinstance(arguments[weight], QuantTensor)):
         return
     for part in (slice(count // 2, count // 2 + 1), slice(1, count)):
         yield part, {**arguments, **{name: arguments[name][part] for name in names}}

@@ -17,6 +17,7 @@ from fourfold.core.device import Device, Feature
 from fourfold.core.errors import FourfoldError
 from fourfold.core.frozen import FrozenDict
 from fourfold.engine.explain import explain_model, model_of_geometry
+from fourfold.engine.kernel_plan import installed_triton
 from fourfold.engine.selftest import canary
 from fourfold.engine.selftest.ahead import compile_ahead
 from fourfold.engine.selftest.invariants import Fault, Invariants, Skipped
@@ -84,15 +85,20 @@ def _verdicts(device: Device, checks: list[Check]) -> Verdicts:
 def _all(
     device: Device, quick: bool, forced: Mapping[str, str], done: list[Check]
 ) -> Iterator[Check]:
-    found = available(device)
+    found, triton = available(device), installed_triton(device)
     dtypes = DTYPES[:1] if quick else DTYPES
+    config = model_config("native", wide=device.torch_device.type != "cpu")
+    refused = {
+        (k.op, k.name): why
+        for k in found
+        if (why := k.supports(config) or device.arch.why_bad(k.op, k.name, triton))
+    }
     if found and Feature.TRITON in device.features:
+        usable = tuple(k for k in found if (k.op, k.name) not in refused)
         yield _run(
-            "kernels", "compiled ahead", lambda: compile_ahead(device, found, dtypes, WEIGHTS)
+            "kernels", "compiled ahead", lambda: compile_ahead(device, usable, dtypes, WEIGHTS)
         )
     yield from check_definitions(device.torch_device)
-    config = model_config("native", wide=device.torch_device.type != "cpu")
-    refused = {(k.op, k.name): why for k in found if (why := k.supports(config))}
     yield from check_kernels(device, found, refused, dtypes)
     verdicts = _verdicts(device, done)
     for weights in WEIGHTS:

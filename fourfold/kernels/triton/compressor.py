@@ -207,7 +207,7 @@ def _store_folds(folds, kept, targets, SIZE, BLOCK: tl.constexpr, EARLY: tl.cons
     tl.store(folds + target * SIZE + i, value, mask=i < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "E", "OWN_PAGE"])
 def _compress_rows(
     kv,
     gate,

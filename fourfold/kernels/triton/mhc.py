@@ -56,7 +56,7 @@ def _parts(a, WIDE: tl.constexpr):
     return parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _streams(
     z,
     streams,
@@ -294,7 +294,7 @@ def _normalize(matrix, eps, S: tl.constexpr, LINE: tl.constexpr, STEP: tl.conste
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _finish(
     streams,
     parts,

@@ -144,7 +144,7 @@ def normed_row(
     return still.to(tl.float32), turned.to(x.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "PAGE"])
 def _rows(
     x,
     weight,
@@ -189,7 +189,7 @@ def _rows(
             tl.store(storage + spare, tl.zeros((PADDING,), dtype=tl.uint8), mask=spare < PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _copy_rows(
     storage,
     page_stride,
