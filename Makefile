@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # Further arguments for pytest (make test ARGS='-k rope -x') or for the demo's server.
 ARGS ?=
 
+# Where Python may not keep bytecode, every process of a test run compiles the project and its tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 PY := $(VENV)/bin/python
 # One process a core, one thread each (tests/conftest.py): small matrices gain nothing from more.

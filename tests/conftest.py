@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -18,6 +20,18 @@ hypothesis.settings.load_profile("fourfold")
 
 
 torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file whose every test is deselected by its mark is not imported: some of what such files import
+    takes seconds."""
+    terms = config.option.markexpr.split(" and ")
+    if collection_path.suffix != ".py" or not all(term.startswith("not ") for term in terms):
+        return None
+    mark = re.search(
+        r"^pytestmark = pytest\.mark\.(\w+)$", collection_path.read_text("utf-8"), re.M
+    )
+    return True if mark and f"not {mark[1]}" in terms else None
 
 
 @pytest.fixture(autouse=True)

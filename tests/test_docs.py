@@ -50,6 +50,7 @@ def test_every_command_that_is_shown_is_one(page: str, line: str) -> None:
     command.make_context(page, words)
 
 
+@pytest.mark.full
 def test_the_observer_example_runs(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny", "tiny")
     done = subprocess.run(

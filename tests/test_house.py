@@ -181,6 +181,7 @@ def violations(source: str, path: str) -> list[str]:
     inside = {id(inner) for scope in scopes for inner in ast.walk(scope) if inner is not scope}
     classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     in_class = {id(inner) for scope in classes for inner in ast.walk(scope) if inner is not scope}
+    nested = inside | in_class
     found = []
     if where.parts[1].removesuffix(".py") not in HOUSE:
         found.append(f"{path}:1: not a part of the house; docs/HOUSE.md names them")
@@ -188,7 +189,7 @@ def violations(source: str, path: str) -> list[str]:
         faults = [*code_faults(node, where)]
         for module, name in imported(node, package):
             faults += import_faults(module, name, where, id(node) in inside)
-        if id(node) not in inside | in_class:
+        if id(node) not in nested:
             faults += state_faults(node)
         found += [f"{path}:{getattr(node, 'lineno', 1)}: {fault}" for fault in faults]
     return found

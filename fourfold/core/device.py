@@ -1,7 +1,8 @@
 """Devices: which architecture this is and what it can do.
 
 Contract: `ARCHS` is the one table of architectures; `detect` finds the device in use; kernels state
-needs as `Feature`s and nothing else in the project asks for a vendor. It does not know kernels.
+needs as `Feature`s and nothing else in the project asks for a vendor. It does not know kernels, only the
+names of those that are known to be bad somewhere.
 """
 
 from __future__ import annotations
@@ -41,6 +42,29 @@ class Fp8Dialect(Enum):
 
 
 @dataclass(frozen=True)
+class KnownBad:
+    """Kernels that an architecture has every feature for and that are not to be chosen there, and why.
+
+    `kernel` is a name as `--kernel` takes it, of `op` or, where that is empty, of any. With
+    `unless_triton` it is so only where another release of Triton is installed. `reason` follows "it".
+    """
+
+    kernel: str
+    reason: str
+    op: str = ""
+    unless_triton: str = ""
+
+    def hits(self, op: str, kernel: str, triton: str) -> bool:
+        """Whether it speaks of this kernel under Triton `triton` (empty: not known, or none)."""
+        if kernel != self.kernel or self.op not in ("", op):
+            return False
+        if not self.unless_triton:
+            return True
+        release = self.unless_triton.split(".")
+        return bool(triton) and triton.split(".")[: len(release)] != release
+
+
+@dataclass(frozen=True)
 class Arch:
     """One architecture: name as its compiler spells it, limits in bytes, width in lanes."""
 
@@ -49,13 +73,29 @@ class Arch:
     fp8: Fp8Dialect = Fp8Dialect.OCP
     shared_memory: int = 0
     wave_size: int = 0
+    known_bad: tuple[KnownBad, ...] = ()
+
+    def why_bad(self, op: str, kernel: str, triton: str) -> str | None:
+        """Why a kernel is known to be bad here, in words that follow "it"; None if nothing is known."""
+        for each in self.known_bad:
+            if each.hits(op, kernel, triton):
+                under = f" with Triton {triton}" if each.unless_triton else ""
+                return f"is known to be bad on {self.name}{under}: it {each.reason}"
+        return None
 
 
 _GPU = frozenset({Feature.TRITON, Feature.BF16_MATRIX})
 _FP8 = _GPU | {Feature.FP8_MATRIX, Feature.FP8_OCP}
 _FP4 = _FP8 | {Feature.FP4_MATRIX, Feature.EARLY_LAUNCH}
+_SM90 = _FP8 | {Feature.WGMMA, Feature.EARLY_LAUNCH}
 _FNUZ = _GPU | {Feature.FP8_MATRIX, Feature.FP8_FNUZ}
 _OCP, _NUZ = Fp8Dialect.OCP, Fp8Dialect.FNUZ
+# Gluon, in which these kernels lay out their operands by hand, is no stable language.
+_GLUON = KnownBad(
+    "sm90",
+    "is written for Triton 3.6, and its language changes between releases",
+    unless_triton="3.6",
+)
 
 ARCHS = {
     arch.name: arch
@@ -63,7 +103,7 @@ ARCHS = {
         Arch("cpu", frozenset({Feature.CPU})),
         Arch("sm_80", _GPU, _OCP, 166_912, 32),
         Arch("sm_89", _FP8, _OCP, 101_376, 32),
-        Arch("sm_90", _FP8 | {Feature.WGMMA, Feature.EARLY_LAUNCH}, _OCP, 232_448, 32),
+        Arch("sm_90", _SM90, _OCP, 232_448, 32, (_GLUON,)),
         Arch("sm_100", _FP4, _OCP, 232_448, 32),
         Arch("sm_120", _FP4, _OCP, 101_376, 32),
         Arch("gfx90a", _GPU, _NUZ, 65_536, 64),

@@ -24,6 +24,7 @@ from fourfold import kernels
 from fourfold.core.device import Device, detect
 from fourfold.core.errors import ConfigError
 from fourfold.core.tensor import QuantScheme, QuantTensor, Weight
+from fourfold.engine.kernel_plan import installed_triton
 from fourfold.engine.profile import trace_steps
 from fourfold.engine.roofline import Ceilings, Cost, measure
 from fourfold.ops.catalog import OPS
@@ -53,7 +54,8 @@ NAMES: Mapping[str, str] = MappingProxyType(
 class OpSetting:
     """What to measure: batch sizes in tokens; kernels by name (none: what a plan would choose, and for
     wo_a every form there is); how weights are stored (fp4, fp8, bfloat16; none: by op); shapes: "N×K"
-    of linear layers, "G×N×K" of grouped ones."""
+    of linear layers, "G×N×K" of grouped ones; `routing`: experts are chosen at random, or evenly, each
+    by as many tokens as any other, give or take one."""
 
     tokens: tuple[int, ...] = (1, 8, 64, 256, 8192)
     kernels: tuple[str, ...] = ()
@@ -62,6 +64,7 @@ class OpSetting:
     experts: int = 256
     dim: int = 4096
     inner: int = 2048
+    routing: str = "random"
     device: str = "auto"
 
 
@@ -101,7 +104,9 @@ class OpBench:
         found = [k for k in kernels.load(self._device) if k.op == self.op]
         found = [k for k in found if k.needs <= self._device.features]
         found.append(Kernel(self.op, BODY, self.body, priority=0))
-        found.sort(key=lambda kernel: -kernel.priority)
+        triton, arch = installed_triton(self._device), self._device.arch
+        bad = {k.name: arch.why_bad(k.op, k.name, triton) is not None for k in found}
+        found.sort(key=lambda kernel: (bad[kernel.name], -kernel.priority))
         names = {kernel.name: kernel for kernel in found}
         for wanted in self.setting.kernels:
             if wanted not in names:
@@ -113,7 +118,7 @@ class OpBench:
         return found if all_of_them else found[:1]
 
     def experts(self) -> Iterator[dict[str, Any]]:
-        """Tokens choose experts uniformly at random."""
+        """Routed experts, for every number of tokens."""
         count, dim, inner = self.setting.experts, self.setting.dim, self.setting.inner
         for kernel in self.chosen():
             for stored in self.setting.weights or ("fp4",):
@@ -129,7 +134,7 @@ class OpBench:
         topk = min(TOPK, count)
         inputs = []
         for _ in range(3):
-            ids = torch.rand(tokens, count, device=self.device).topk(topk).indices
+            ids = self.routed(tokens, count, topk)
             factors = torch.rand(tokens, topk, device=self.device)
             inputs.append((self.values(tokens, dim), ids, factors))
         touched = sum(ids.unique().numel() for _, ids, _ in inputs) / len(inputs)
@@ -145,7 +150,15 @@ class OpBench:
         products = sum(us for name, us in record["kernels"].items() if _is_product(name))
         if products:
             record["products_TB_s"] = cost.bytes / products / 1e6
-        return {**record, "experts_touched": round(touched)}
+        return {**record, "routing": self.setting.routing, "experts_touched": round(touched)}
+
+    def routed(self, tokens: int, count: int, topk: int) -> Tensor:
+        """Experts' ids `[tokens, topk]` as the setting says."""
+        if self.setting.routing == "random":
+            return torch.rand(tokens, count, device=self.device).topk(topk).indices
+        experts = torch.randperm(count, device=self.device)
+        ids = experts[torch.arange(tokens * topk, device=self.device) % count]
+        return ids.view(tokens, topk)[torch.randperm(tokens, device=self.device)]
 
     def linear(self) -> Iterator[dict[str, Any]]:
         """A linear layer, quantising activations included."""

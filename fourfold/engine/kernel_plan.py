@@ -13,7 +13,7 @@ import torch
 
 from fourfold import kernels
 from fourfold.core.config import ModelConfig
-from fourfold.core.device import Device
+from fourfold.core.device import Device, Feature
 from fourfold.core.parameters import EXPERT_ROLES, LINEAR_LAYER_ROLES, Role
 from fourfold.engine.verdicts import Verdicts, read_verdicts
 from fourfold.ops.catalog import OPS
@@ -47,9 +47,25 @@ def plan_kernels(
     ops = tuple(map(op_as, OPS))
     available = tuple(map(kernel_as, kernels.load(device)))
     plan = KernelPlan.resolve(
-        ops, available, device, model, dtype, dict(overrides), dict(known.failed)
+        ops,
+        available,
+        device,
+        model,
+        dtype,
+        dict(overrides),
+        dict(known.failed),
+        installed_triton(device),
     )
     return plan, known
+
+
+def installed_triton(device: Device) -> str:
+    """Release of the Triton that compiles kernels for `device`, empty where none does."""
+    if Feature.TRITON not in device.features:
+        return ""
+    import triton
+
+    return str(triton.__version__)
 
 
 def ops_that_read_the_host(plan: KernelPlan, plain_experts: bool) -> tuple[str, ...]:

@@ -151,10 +151,18 @@ def _compressed_mask(p: Tensor, total: int, ratio: int, listed: Tensor | None) -
 
 
 def _attend(q: Tensor, sink: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
-    """q `[n, H, d]`, rows `[L, d]`, seen `[n, L]` → `[n, H, d]`."""
+    """q `[n, H, d]`, rows `[L, d]`, seen `[n, L]` → `[n, H, d]`.
+
+    Rows that are not finite spoil what the queries that see them get, and nothing else.
+    """
     wide = rows.dtype
     scores = torch.einsum("nhd,ld->nhl", q.to(wide), rows) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~seen.unsqueeze(1), float("-inf"))
     sinks = sink.to(wide).view(1, -1, 1).expand(q.shape[0], -1, 1)
     weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)
-    return torch.einsum("nhl,ld->nhd", weights[..., :-1], rows).to(q.dtype)
+    finite = torch.isfinite(rows)
+    out = torch.einsum("nhl,ld->nhd", weights[..., :-1], torch.where(finite, rows, 0.0))
+    if not bool(finite.all()):
+        spoilt = seen.to(wide) @ (~finite).to(wide) > 0
+        out = out.masked_fill(spoilt.unsqueeze(1), float("nan"))
+    return out.to(q.dtype)

@@ -85,6 +85,11 @@ def scale_exponent(amax: Tensor, limit: float = FP8_MAX) -> Tensor:
     return exponent.to(torch.int32) - int(limit_exponent) + above
 
 
+def without_nan(x: Tensor) -> Tensor:
+    """`x` with 0 for NaN; infinities stay."""
+    return torch.nan_to_num(x, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+
+
 def quantize_fp8_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8, shape of x) and scale exponents (int32 `[..., ceil(K/group)]`) of x `[..., K]`.
 
@@ -171,6 +176,7 @@ def _activation_cases(make: CaseMaker) -> Iterator[Case]:
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """FP8 codes uint8 `[T, K]` and scale exponents int32 `[T, ceil(K/128)]` of x `[T, K]`.
 
-    Groups of 128 along K; e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e.
+    Groups of 128 along K; e is the smallest integer with max(amax, 1e-4) ≤ 448·2^e. NaN counts as 0:
+    the rest of its group keeps the scale that it has without.
     """
-    return quantize_fp8_groups(x, ACTIVATION_GROUP)
+    return quantize_fp8_groups(without_nan(x), ACTIVATION_GROUP)

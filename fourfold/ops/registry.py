@@ -12,8 +12,9 @@ where there is none for the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class Op:
     does so only if every element of its result that a program stores there depends on all that any
     other program, or another thread of its own, still has to read from that place. `parts` are the ops
     that the body of a composite op calls: where one of them is forced to a kernel, no kernel for the
-    whole takes its place. `differentiable`
+    whole takes its place; where the whole is forced to its body, they run by definition in it.
+    `differentiable`
     says that autograd through the body is meaningful, `reads_host` that the body reads numbers back
     from the device, so that a step that runs it cannot be captured, `batch_invariant` that a token's
     result has the same bits in every batch: the body copies, or works on each element by itself. Beside
@@ -178,17 +180,35 @@ class Choice:
 
 
 class KernelPlan:
-    """One kernel for every op: `plan.linear(x, w)` runs the one chosen for `linear`."""
+    """One kernel for every op: `plan.linear(x, w)` runs the one chosen for `linear`.
 
-    def __init__(self, ops: Sequence[Op], chosen: Mapping[str, Kernel], choices: Iterable[Choice]):
+    `defined` names composite ops that run by definition all the way down, their parts too.
+    """
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        chosen: Mapping[str, Kernel],
+        choices: Iterable[Choice],
+        defined: Collection[str] = (),
+    ):
         self.choices = tuple(choices)
-        self.reads_host = tuple(o.name for o in ops if o.reads_host and o.name not in chosen)
+        reading = {o.name for o in ops if o.reads_host}
+        self.reads_host = tuple(
+            o.name
+            for o in ops
+            if (o.name in reading and o.name not in chosen)
+            or (o.name in defined and not reading.isdisjoint(_parts(o, ops)))
+        )
         self._prepare = {name: kernel.prepare for name, kernel in chosen.items() if kernel.prepare}
         self._run: dict[str, Callable[..., Any]] = {}
         for each in ops:
             kernel = chosen.get(each.name)
             run = kernel.run if kernel else each.body
-            self._run[each.name] = self._bind(run) if each.composite else run
+            if each.name in defined:
+                self._run[each.name] = partial(each.body, KernelPlan.bodies(ops))
+            else:
+                self._run[each.name] = self._bind(run) if each.composite else run
 
     def prepare(self, op: str, weight: Weight) -> Weight:
         """`weight` as the kernel chosen for `op` wants it stored: to be called once, when it is loaded.
@@ -224,12 +244,16 @@ class KernelPlan:
         dtype: torch.dtype,
         overrides: Mapping[str, str] | None = None,
         failed: Mapping[tuple[str, str], str] | None = None,
+        triton: str = "",
     ) -> KernelPlan:
         """Choose a kernel for every op of a model that runs in `dtype`.
 
         `overrides` maps op names to kernel names (`--kernel OP=NAME`); `KernelError` if either does
-        not exist or the kernel cannot run here. `failed` says of (op, kernel) how it failed a check
-        of this machine: such a kernel is chosen only where it is forced.
+        not exist or the kernel cannot run here, or if two exclude each other: a composite op that is
+        forced to its body runs by definition with its parts. `failed` says of (op, kernel) how it
+        failed a check of this machine: such a kernel is chosen only where it is forced, and so is one
+        that is known to be bad on the device's architecture under this release of `triton` (empty:
+        there is none).
         """
         forced = dict(overrides or {})
         known = {o.name for o in ops}
@@ -238,18 +262,28 @@ class KernelPlan:
                 raise KernelError(
                     f"--kernel {name}: no such op; ops are {', '.join(sorted(known))}"
                 )
+        defined = [o for o in ops if o.composite and forced.get(o.name) == BODY]
+        for each in defined:
+            for within in _parts(each, ops):
+                if forced.get(within, BODY) != BODY:
+                    raise KernelError(
+                        f"--kernel {each.name}={BODY} runs {within}, a part of it, by definition too: "
+                        f"it excludes --kernel {within}={forced[within]}"
+                    )
         chosen: dict[str, Kernel] = {}
         choices = []
         for each in ops:
             candidates = [
                 _Candidate(
-                    k, _refusal(k, device, config, dtype), (failed or {}).get((k.op, k.name))
+                    k,
+                    _refusal(k, device, config, dtype),
+                    device.arch.why_bad(k.op, k.name, triton) or (failed or {}).get((k.op, k.name)),
                 )
                 for k in sorted(kernels, key=lambda k: -k.priority)
                 if k.op == each.name
             ]
             if each.name in forced:
-                kernel, choice = _forced(each, candidates, forced[each.name])
+                kernel, choice = _forced(each, candidates, forced[each.name], ops)
             elif part := next((part for part in _parts(each, ops) if part in forced), None):
                 kernel, choice = _in_parts(each, candidates, part)
             else:
@@ -257,7 +291,7 @@ class KernelPlan:
             if kernel:
                 chosen[each.name] = kernel
             choices.append(choice)
-        return KernelPlan(ops, chosen, choices)
+        return KernelPlan(ops, chosen, choices, [each.name for each in defined])
 
     def describe(self) -> str:
         """The plan as a table, one line an op, with reasons."""
@@ -270,7 +304,7 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A kernel, why it cannot run here, and how it failed a check here."""
+    """A kernel, why it cannot run here, and how it failed a check here or is known to be bad."""
 
     kernel: Kernel
     refusal: str | None
@@ -286,11 +320,17 @@ class _Candidate:
         return self.refusal or self.failure
 
 
-def _forced(op: Op, candidates: Sequence[_Candidate], wanted: str) -> tuple[Kernel | None, Choice]:
+def _forced(
+    op: Op, candidates: Sequence[_Candidate], wanted: str, ops: Sequence[Op]
+) -> tuple[Kernel | None, Choice]:
     others = tuple((c.name, c.standing or "could run here") for c in candidates if c.name != wanted)
     reason = "forced by --kernel"
     if wanted == BODY:
-        return None, Choice(op.name, BODY, reason, (), others, op.batch_invariant)
+        parts = set(_parts(op, ops))
+        if parts:
+            reason += f", {', '.join(sorted(parts))} in it too"
+        same_bits = op.batch_invariant and all(o.batch_invariant for o in ops if o.name in parts)
+        return None, Choice(op.name, BODY, reason, (), others, same_bits)
     found = next((c for c in candidates if c.name == wanted), None)
     if found is None:
         names = ", ".join([*(c.name for c in candidates), BODY])

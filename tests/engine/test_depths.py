@@ -44,7 +44,7 @@ def start(loaded: LoadedModel, **cache: int | bool) -> Engine:
     config = EngineConfig(
         model="m",
         dtype="float64",
-        max_num_seqs=8,
+        max_num_seqs=32,
         max_model_len=1024,
         num_speculative_tokens=1,
         cache=CacheConfig(**cache),
@@ -84,10 +84,18 @@ def assert_same(got: Answer, expected: Answer) -> None:
     assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-9)
 
 
-def test_a_hit_at_every_residue_equals_cold(loaded: LoadedModel) -> None:
-    """Images at each of the first 257 positions, so at every residue mod 4, 128 and 256, and around
-    deeper boundaries; requests that part from the prompt there."""
-    depths = [*range(1, 258), 383, 384, 385, 511, 512, 513]
+# Around the boundaries of windows, rows and pages; and at every residue mod 4, 128 and 256.
+NEAR = [*range(1, 14), *range(22, 28), *range(61, 68), *range(121, 134), *range(250, 263)]
+DEEP = [383, 384, 385, 511, 512, 513]
+
+
+@pytest.mark.parametrize(
+    "depths",
+    [[*NEAR, *DEEP], pytest.param([*range(1, 258), *DEEP], marks=pytest.mark.slow)],
+    ids=["boundaries", "all"],
+)
+def test_a_hit_at_every_residue_equals_cold(loaded: LoadedModel, depths: list[int]) -> None:
+    """Images at these positions, and requests that part from the prompt there."""
     prompt, *tails = prompts(192, (520, *[3] * len(depths)), 5)
     engine = start(loaded, state_interval=1 << 20)
     answers(engine, [prompt], depths)
@@ -108,6 +116,14 @@ def test_images_are_kept_every_interval_and_where_the_request_says(loaded: Loade
     which the next turn may differ."""
     prompt, tail = prompts(192, (400, 20), 6)
     tail[0] = next(t for t in range(192) if t not in prompt)
+    turns = {shared: [*prompt[:shared], *tail] for shared in (63, 192, 200, 349, 350, 398, 399)}
+    cold = dict(
+        zip(
+            turns,
+            answers(start(loaded, enable_prefix_caching=False), [*turns.values()]),
+            strict=True,
+        )
+    )
     for interval, header, shared, depth in (
         (64, (), 200, 192),
         (64, (), 192, 192),
@@ -122,8 +138,7 @@ def test_images_are_kept_every_interval_and_where_the_request_says(loaded: Loade
     ):
         engine = start(loaded, state_interval=interval)
         answers(engine, [prompt], header)
-        turn = [*prompt[:shared], *tail]
-        got = answers(engine, [turn])[0]
+        got = answers(engine, [turns[shared]])[0]
         assert got.cached_tokens == depth, (interval, header, shared)
         assert got.cache_miss is not None
-        assert_same(got, answers(start(loaded, enable_prefix_caching=False), [turn])[0])
+        assert_same(got, cold[shared])

@@ -176,6 +176,7 @@ def chosen(**forced: str) -> tuple[str, str]:
     return choice.kernel, "; ".join(f"{name}: {reason}" for name, reason in why)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("brief")
 def test_a_failed_kernel_is_named_and_not_chosen_unless_forced(
     monkeypatch: pytest.MonkeyPatch,
@@ -317,6 +318,7 @@ def test_paths_are_cut_to_their_last_part() -> None:
     assert without_paths(kept) == kept
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("brief")
 def test_the_report_is_a_table_and_a_document() -> None:
     done = call("selftest", "--device", "cpu", "--json")

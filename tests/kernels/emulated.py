@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,16 @@ def bytes_of(tensor: Tensor) -> Any:
     return tensor.as_strided((last + 1,), (1,)).view(uint8).numpy()
 
 
+@lru_cache(maxsize=64)
+def kernel_of(
+    assembly: str, arch: str, signature: tuple[tuple[str, str], ...], shared: int, num_warps: int
+) -> Kernel:
+    """One binary, read once for all its launches."""
+    kernel = Kernel(assembly, arch, dict(signature), shared, num_warps)
+    assert not kernel.unsupported(), kernel.unsupported()
+    return kernel
+
+
 @contextmanager
 def emulated(arch: Arch) -> Iterator[dict[str, int]]:
     """Launches inside the block compile for `arch` and run here, on CPU tensors.
@@ -33,14 +44,12 @@ def emulated(arch: Arch) -> Iterator[dict[str, int]]:
     counts: dict[str, int] = {}
 
     def run(launch: Launch) -> None:
-        kernel = Kernel(
-            launch.assembly, arch.name, launch.signature, launch.shared, launch.num_warps
-        )
-        assert not kernel.unsupported(), (launch.function, kernel.unsupported())
+        signature = tuple(launch.signature.items())
+        kernel = kernel_of(launch.assembly, arch.name, signature, launch.shared, launch.num_warps)
+        before = kernel.count
         arguments = [bytes_of(a) if isinstance(a, Tensor) else a for a in launch.arguments]
-        counts[launch.function] = counts.get(launch.function, 0) + kernel.launch(
-            launch.grid, arguments
-        )
+        ran = kernel.launch(launch.grid, arguments) - before
+        counts[launch.function] = counts.get(launch.function, 0) + ran
 
     with stand_in(arch, run):
         yield counts

@@ -25,6 +25,7 @@ from torch import Tensor
 from fourfold.ops.catalog import OPS
 from fourfold.ops.registry import CaseMaker, Kernel, KernelPlan
 from tests.kernels.given import assert_spared
+from tests.kernels.hastened import hasten
 from tests.ops.test_definitions import tensors
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,14 +43,13 @@ def run(path: str, which: str = "not slow") -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "no:xdist",
         "-m",
         which,
         path,
     ]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    # None of the plugins is used there, and together they take a second to load.
+    env |= {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-4000:]
 
@@ -102,6 +102,7 @@ def repair() -> None:
 
 if INTERPRETING:
     repair()
+    hasten()
 
 
 @contextmanager

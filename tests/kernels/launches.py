@@ -108,10 +108,15 @@ def zeroed() -> Iterator[None]:
         yield
 
 
-def recorded(kernel: Kernel, arch: Arch, dtypes: Iterable[torch.dtype]) -> list[Variant]:
-    """What the kernel's launches over its op's cases would compile for `arch`."""
+def recorded(
+    kernel: Kernel, arch: Arch, dtypes: Iterable[torch.dtype], most: int | None = None
+) -> list[Variant]:
+    """What the kernel's launches over its op's cases would compile for `arch`; no further cases are run
+    once there are `most` variants."""
     with record(arch) as variants, zeroed():
         for dtype in dtypes:
             for case in cases(op_of(kernel), dtype) if dtype in kernel.dtypes else ():
+                if most is not None and len(variants) >= most:
+                    break
                 run(kernel, copied(case.arguments))
     return list(variants)

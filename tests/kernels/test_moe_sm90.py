@@ -28,6 +28,7 @@ def stack(count: int = 2, rows: int = 512, columns: int = 1024) -> QuantTensor:
     return QuantTensor(codes, scale, MXFP4, tuple(values.shape))
 
 
+@pytest.mark.full
 def test_preparing_keeps_the_numbers_and_the_memory() -> None:
     weight = stack(moe.AT_ONCE + 1)
     values, place = weight.dequantize(torch.float32), weight.codes.data_ptr()
@@ -113,16 +114,3 @@ def test_products_compile_with_the_weight_in_registers(part: str, each: int) -> 
     ptx = binary.asm["ptx"]
     assert f"wgmma.mma_async.sync.aligned.m64n{constants['TT']}k32.f32.e4m3.e4m3" in ptx
     assert "ld.global.v4.b32" in ptx
-
-
-def test_another_triton_gets_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
-    from fourfold.kernels.nvidia import linear, moe
-
-    kernels = (*linear.KERNELS, *moe.KERNELS)
-    config: Any = None
-    assert {kernel.supports(config) for kernel in kernels} == {None}
-    monkeypatch.setattr(triton, "__version__", "3.9.0")
-    for kernel in kernels:
-        assert "written for Triton 3.6, and 3.9.0" in (kernel.supports(config) or "")

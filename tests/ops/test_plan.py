@@ -11,7 +11,7 @@ from fourfold import kernels
 from fourfold.core.device import ARCHS, Device, Feature
 from fourfold.core.errors import KernelError
 from fourfold.ops.catalog import OPS
-from fourfold.ops.registry import Kernel, KernelPlan
+from fourfold.ops.registry import CaseMaker, Kernel, KernelPlan
 from tests.support import small_config
 
 FAST = Kernel("rms_norm", "fast", lambda x, weight, eps: x, frozenset({Feature.FP8_MATRIX}), 20)
@@ -82,8 +82,6 @@ def test_a_composite_reaches_kernels_for_its_parts() -> None:
 
     plan = resolve("sm_90", Kernel("hc_post", "k", post))
     op = next(o for o in OPS if o.name == "hc_post_pre")
-    from fourfold.ops.registry import CaseMaker
-
     case = next(iter(op.cases(CaseMaker.seeded(torch.float32))))
     plan.hc_post_pre(**case.arguments)
     assert seen == ["part"]
@@ -100,6 +98,22 @@ def test_a_forced_part_is_not_hidden_by_a_kernel_for_the_whole() -> None:
     assert reasons["norm_linears"] == "its part linear is forced by --kernel"
     both = resolve("sm_90", *whole, part, linear="own", linears="fused")
     assert chosen(both) >= {"linear=own", "linears=fused", "norm_linears=body"}
+
+
+def test_a_whole_forced_to_its_body_is_the_definition_all_the_way_down() -> None:
+    part = Kernel("routed_experts", "own", lambda *a, **k: pytest.fail("not by definition"))
+    assert chosen(resolve("sm_90", part)) >= {"moe=body", "routed_experts=own"}
+    plan = resolve("sm_90", part, moe="body")
+    op = next(o for o in OPS if o.name == "moe")
+    case = next(iter(op.cases(CaseMaker.seeded(torch.float32))))
+    expected = KernelPlan.bodies(OPS).moe(**case.arguments)
+    assert torch.equal(plan.moe(**case.arguments), expected)
+    assert "moe" in plan.reads_host
+    choice = next(c for c in plan.choices if c.op == "moe")
+    assert choice.reason == "forced by --kernel, routed_experts in it too"
+    assert not choice.batch_invariant
+    with pytest.raises(KernelError, match="excludes --kernel routed_experts=own"):
+        resolve("sm_90", part, moe="body", routed_experts="own")
 
 
 def test_parts_are_what_a_body_calls() -> None:

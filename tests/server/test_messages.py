@@ -204,6 +204,7 @@ def test_what_is_wrong_is_named(web: Site, fields: dict[str, Any], param: str) -
     assert not web.engine.requests
 
 
+@pytest.mark.full
 def test_the_anthropic_client() -> None:
     anthropic = pytest.importorskip(
         "anthropic", reason="the anthropic client is not installed (extra: peers)"

@@ -139,6 +139,7 @@ def test_what_is_wrong_is_named(web: Site, fields: dict[str, Any], param: str) -
     assert not web.engine.requests
 
 
+@pytest.mark.full
 def test_the_openai_client(web: Site) -> None:
     openai = pytest.importorskip(
         "openai", reason="the openai client is not installed (extra: peers)"

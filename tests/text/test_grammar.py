@@ -389,6 +389,7 @@ def test_checks_and_compiling_agree(masks: GrammarMasks) -> None:
         assert str(caught.value)[:60] == verdict[:60]
 
 
+@pytest.mark.full
 def test_a_checker_survives_its_process_and_its_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         checking = checker()

@@ -30,7 +30,7 @@ def definition(found: dict[str, Weight], sparse: bool) -> DeepseekV4:
     return DeepseekV4(c, found, KernelPlan.bodies(OPS), SingleComm())
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_logits_and_gradients_are_those_of_the_definition(sparse: bool) -> None:
     c = config(index_topk=TOPK[True])
     shared = masters(c, torch.float64)

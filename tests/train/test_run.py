@@ -64,6 +64,7 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [line for line in found if "total" in line]
 
 
+@pytest.mark.full
 def test_a_run_goes_through_its_schedule_and_goes_on(tmp_path: Path, tokenizer: Path) -> None:
     whole = options(tmp_path / "whole", tokenizer)
     run(whole)

@@ -262,6 +262,7 @@ def test_transformers_spelling_with_fused_experts(tmp_path: Path) -> None:
     assert sum(end - begin for _, begin, end in used) == plan.index.nbytes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("original", [True, False])
 def test_what_transformers_saves_itself(tmp_path: Path, original: bool) -> None:
     """Both of its formats; the one it calls original spells kv_norm `attn.norm`."""

@@ -117,6 +117,7 @@ def test_both_spellings_have_one_place(flash, native: str) -> None:
     assert table.find(HF[native]) == place
 
 
+@pytest.mark.full
 def test_transformers_own_names_reach_every_parameter_once() -> None:
     transformers = pytest.importorskip("transformers")
     import torch

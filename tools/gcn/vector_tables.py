@@ -107,16 +107,14 @@ def trailing_zeros(a: Bits) -> Bits:
 
 def permute_bytes(a: Bits, b: Bits, selector: Bits) -> Bits:
     """v_perm_b32: each byte of the result is one of the eight of (a, b), 0 or 255."""
-    both = (a.astype(U64) << U64(32)) | b
-    result = np.zeros(a.shape, U32)
-    for number in range(4):
-        pick = (selector >> U32(8 * number)) & U32(255)
-        if ((pick >= 8) & (pick < 12)).any():
-            raise Unsupported("sign selectors of v_perm_b32")
-        byte = (both >> (U64(8) * (pick & 7).astype(U64))) & U64(255)
-        byte = np.where(pick == 12, 0, np.where(pick >= 13, 255, byte))
-        result |= byte.astype(U32) << U32(8 * number)
-    return result
+    pick = np.minimum(np.ascontiguousarray(selector).view(np.uint8).reshape(-1, 4), 13)
+    if ((pick >= 8) & (pick < 12)).any():
+        raise Unsupported("sign selectors of v_perm_b32")
+    bytes_ = np.zeros((len(pick), 14), np.uint8)
+    bytes_[:, :4] = np.ascontiguousarray(b).view(np.uint8).reshape(-1, 4)
+    bytes_[:, 4:8] = np.ascontiguousarray(a).view(np.uint8).reshape(-1, 4)
+    bytes_[:, 13] = 255
+    return np.take_along_axis(bytes_, pick.astype(np.intp), 1).view(U32).reshape(-1)
 
 
 def extract_signed(a: Bits, b: Bits, c: Bits) -> Bits:

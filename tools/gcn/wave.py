@@ -8,6 +8,7 @@ instruction: they are what the interpreter spends its time in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -66,10 +67,13 @@ class Wave:
             self.sgpr[index + word] = (value >> 32 * word) & MASK32
 
 
+@lru_cache(maxsize=4096)
 def mask_of(bits: int) -> Mask:
-    """64 booleans from the bits of an int, lane 0 first."""
+    """64 booleans from the bits of an int, lane 0 first; not to be written to."""
     packed = np.frombuffer(bits.to_bytes(8, "little"), np.uint8)
-    return np.unpackbits(packed, bitorder="little").astype(bool)
+    mask = np.unpackbits(packed, bitorder="little").astype(bool)
+    mask.flags.writeable = False
+    return mask
 
 
 def bits_of_mask(mask: Mask) -> int:
@@ -82,6 +86,14 @@ def row_of(operand: Operand) -> int:
     if operand.kind not in ("v", "a"):
         raise Unsupported(f"{operand.text} is no vector register")
     return operand.index + (256 if operand.kind == "a" else 0)
+
+
+@lru_cache(maxsize=4096)
+def broadcast(value: int) -> Bits:
+    """32 bits in every lane; not to be written to."""
+    lanes = np.full(LANES, value, U32)
+    lanes.flags.writeable = False
+    return lanes
 
 
 def scalar(operand: Operand) -> ScalarReader:
@@ -113,10 +125,9 @@ def vector(operand: Operand, word: int = 0) -> Reader:
         return lambda w: w.vgpr[row]
     if operand.kind == "s":
         index = operand.index + word
-        return lambda w: np.full(LANES, w.sgpr[index], U32)
+        return lambda w: broadcast(w.sgpr[index])
     if operand.kind in ("c", "f"):
-        value = np.full(LANES, (operand.index & MASK64) >> 32 * word & MASK32, U32)
-        value.flags.writeable = False
+        value = broadcast((operand.index & MASK64) >> 32 * word & MASK32)
         return lambda w: value
     raise Unsupported(f"vector operand {operand.text}")
 

@@ -66,7 +66,13 @@ def _attend(q: Tensor, sink: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
     scores[..., -1] = sink.float()
     weights = torch.softmax(scores, dim=-1)
     if rows.dim() == 2:
-        return torch.mm(weights.flatten(0, 1), rows).view(q.shape).to(q.dtype)
+        finite = torch.isfinite(rows)
+        if bool(finite.all()):
+            return torch.mm(weights.flatten(0, 1), rows).view(q.shape).to(q.dtype)
+        # A weight of zero must not carry what is not finite to queries that do not see its row.
+        out = torch.mm(weights.flatten(0, 1), rows.masked_fill(~finite, 0.0)).view(q.shape)
+        spoilt = torch.mm(seen.float(), (~finite).float()) > 0
+        return out.masked_fill_(spoilt.unsqueeze(1), float("nan")).to(q.dtype)
     return torch.bmm(weights, rows).to(q.dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core.tensor import QuantTensor, Weight
-from fourfold.ops.quantize import ACTIVATION_GROUP, AMAX_FLOOR, FP8_MAX, decode_fp8
+from fourfold.ops.quantize import ACTIVATION_GROUP, AMAX_FLOOR, FP8_MAX, decode_fp8, without_nan
 
 _LARGEST = torch.finfo(torch.float32).max
 _EXPONENT = 0x7F800000
@@ -60,7 +60,7 @@ def rounds(weight: Weight) -> bool:
 
 def rounded_input(x: Tensor, weight: Weight) -> Tensor:
     """`x [T, K]` in float32, rounded if `weight` asks for it."""
-    return round_groups(x, ACTIVATION_GROUP) if rounds(weight) else x.float()
+    return round_groups(without_nan(x), ACTIVATION_GROUP) if rounds(weight) else x.float()
 
 
 def fp8_numbers(codes: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ from fourfold.core.tensor import QuantTensor, Weight
 from fourfold.kernels.nvidia import projections
 from fourfold.kernels.nvidia.overlap import after_previous
 from fourfold.kernels.nvidia.projections import ROWS, WARPS, block_scale, copy_tokens
-from fourfold.kernels.nvidia.version import other_triton
 from fourfold.kernels.triton import linear as portable
 from fourfold.kernels.triton.linear import Operands
 from fourfold.kernels.triton.shared import shared_expert as portable_expert
@@ -234,7 +233,7 @@ def shared_expert(
 
 _NEEDS = frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA})
 KERNELS = tuple(
-    Kernel(op, "sm90", run, _NEEDS, priority=20, supports=other_triton)
+    Kernel(op, "sm90", run, _NEEDS, priority=20)
     for op, run in (
         ("linear", linear),
         ("linears", linears),

@@ -40,7 +40,6 @@ from fourfold.core.device import Feature
 from fourfold.core.errors import QuantizationError
 from fourfold.core.tensor import QuantScheme, QuantTensor, Weight
 from fourfold.kernels.nvidia.overlap import after_previous
-from fourfold.kernels.nvidia.version import other_triton
 from fourfold.kernels.triton.moe import Plan, grouped
 from fourfold.kernels.triton.moe import routed_experts as portable
 from fourfold.ops.quantize import FP4_GROUP, decode_e8m0, decode_fp4
@@ -487,7 +486,6 @@ KERNELS = (
         routed_experts,
         frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA}),
         priority=20,
-        supports=other_triton,
         prepare=prepare,
     ),
 )

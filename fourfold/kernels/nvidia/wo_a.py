@@ -36,7 +36,6 @@ from fourfold.core.tensor import QuantTensor, Weight
 from fourfold.kernels.nvidia import linear
 from fourfold.kernels.nvidia.overlap import after_previous, begin_beside_previous
 from fourfold.kernels.nvidia.projections import finish_tile
-from fourfold.kernels.nvidia.version import other_triton
 from fourfold.kernels.triton import grouped
 from fourfold.kernels.triton.linear import decode_fp8
 from fourfold.kernels.triton.rope import EXACT, turn
@@ -350,6 +349,5 @@ KERNELS = (
         wo_a,
         frozenset({Feature.TRITON, Feature.FP8_OCP, Feature.WGMMA}),
         priority=20,
-        supports=other_triton,
     ),
 )

@@ -157,6 +157,7 @@ def _merge(acc, o, a, b, ACROSS: tl.constexpr):
 def _begin(sink, h, H):
     """Maximum and sum of the sink alone, `[heads]`."""
     logit = tl.load(sink + h, mask=h < H, other=0.0).to(tl.float32) * 1.4426950408889634
+    logit = tl.where(logit > 3.0e38, 3.0e38, logit)  # the largest sinks in units of log2 e
     m = tl.maximum(tl.ceil(logit), -1.0e30)
     return m, tl.exp2(logit - m)
 
