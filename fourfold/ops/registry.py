@@ -84,11 +84,10 @@ class Op:
     other program, or another thread of its own, still has to read from that place. `parts` are the ops
     that the body of a composite op calls: where one of them is forced to a kernel, no kernel for the
     whole takes its place; where the whole is forced to its body, they run by definition in it.
-    `differentiable`
-    says that autograd through the body is meaningful, `reads_host` that the body reads numbers back
-    from the device, so that a step that runs it cannot be captured, `batch_invariant` that a token's
-    result has the same bits in every batch: the body copies, or works on each element by itself. Beside
-    its parts, which count for themselves, a composite does no more.
+    `differentiable` says that autograd through the body is meaningful, `reads_host` that the body reads
+    numbers back from the device, so that a step that runs it cannot be captured, `batch_invariant` that
+    a token's result has the same bits in every batch: the body copies, or works on each element by
+    itself. Beside its parts, which count for themselves, a composite does no more.
     """
 
     name: str

@@ -91,6 +91,23 @@ def test_a_run_goes_through_its_schedule_and_goes_on(tmp_path: Path, tokenizer: 
     assert line["rate"] < found[1]["rate"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_same_seed_is_the_same_run(tmp_path: Path, tokenizer: Path) -> None:
+    """To the last bit, with kernels and captured steps, whoever makes the rows."""
+    runs = [
+        options(tmp_path / f"{n}", tokenizer, device="cuda", dtype=torch.bfloat16, workers=n)
+        for n in (0, 2)
+    ]
+    for each in runs:
+        run(each)
+    one, other = ([line["total"] for line in lines(each.out)] for each in runs)
+    assert one == other
+    assert len(one) == SCHEDULE.steps
+    first, second = ((each.out / WEIGHTS).read_bytes() for each in runs)
+    assert first == second
+
+
 def test_the_schedule_follows_from_the_step_alone() -> None:
     schedule = Schedule(steps=1000)
     kinds = [schedule.at(n) for n in range(1000)]
