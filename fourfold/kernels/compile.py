@@ -27,8 +27,8 @@ from fourfold.kernels.variants import Variant
 
 _REGISTERS_A_BLOCK = 65_536  # NVIDIA: of all threads of a block
 _TENSOR_MEMORY = 512  # columns
-# ELF: the kernel's code is `.text.NAME`; the attributes of each function stand in `.nv.info`.
-_EIATTR_FRAME_SIZE = 0x11
+# ELF: the attributes of each function stand in `.nv.info`, as (symbol, value).
+_EIATTR_FRAME_SIZE, _EIATTR_REGCOUNT = 0x11, 0x2F
 _SIZED_ATTRIBUTE = 0x04
 
 
@@ -87,8 +87,8 @@ def _amd_resources(metadata: Any, text: str) -> Resources:
     )
 
 
-def _sections(elf: bytes) -> dict[str, tuple[bytes, int]]:
-    """(content, info word) of each section of a 64-bit little-endian ELF file, by name."""
+def _sections(elf: bytes) -> dict[str, bytes]:
+    """Content of each section of a 64-bit little-endian ELF file, by name."""
     (offset,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + size * n) for n in range(count)]
@@ -97,24 +97,24 @@ def _sections(elf: bytes) -> dict[str, tuple[bytes, int]]:
     for header in headers:
         start = begin + header[0]
         name = elf[start : elf.index(b"\0", start)].decode()
-        found[name] = (elf[header[4] : header[4] + header[5]], header[7])
+        found[name] = elf[header[4] : header[4] + header[5]]
     return found
 
 
 def _nvidia_resources(metadata: Any, cubin: bytes) -> Resources:
-    """Registers stand in the upper byte of the code section's info word, the stack in `.nv.info`."""
-    sections = _sections(cubin)
-    registers = sections[f".text.{metadata.name}"][1] >> 24
-    attributes, at, stack = sections[".nv.info"][0], 0, 0
+    """The most registers and the largest stack of any function, from `.nv.info`."""
+    attributes, at = _sections(cubin)[".nv.info"], 0
+    most = {_EIATTR_FRAME_SIZE: 0, _EIATTR_REGCOUNT: 0}
     while at + 4 <= len(attributes):
         form, kind, size = struct.unpack_from("<BBH", attributes, at)
         if form != _SIZED_ATTRIBUTE:
             at += 4
             continue
-        if kind == _EIATTR_FRAME_SIZE:
-            stack = max(stack, struct.unpack_from("<II", attributes, at + 4)[1])
+        if kind in most:
+            most[kind] = max(most[kind], struct.unpack_from("<II", attributes, at + 4)[1])
         at += 4 + size
     columns = getattr(metadata, "tmem_size", 0) or 0
+    registers, stack = most[_EIATTR_REGCOUNT], most[_EIATTR_FRAME_SIZE]
     return Resources(metadata.shared, registers, stack, metadata.num_warps, columns)
 
 

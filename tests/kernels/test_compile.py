@@ -120,9 +120,14 @@ def most_scratch(variant: Variant) -> int:
     return MOST_SCRATCH if known else MOST_SCRATCH_UNALIGNED
 
 
+def registers(compiled: Compiled) -> int:
+    return compiled.resources.registers if compiled.resources else 0
+
+
 def assert_compiled(variants: Sequence[Variant], arch: Arch) -> list[Compiled]:
     results = [compile_variant(variant, arch) for variant in variants]
     faults = [f"{r.variant.name}: {r.error}\n  {r.variant.describe()}" for r in results if not r.ok]
+    faults += [f"{r.variant.name}: no registers" for r in results if r.ok and not registers(r)]
     faults += [
         f"{r.variant.name}: {r.resources.scratch} bytes of scratch\n  {r.variant.describe()}"
         for r in results

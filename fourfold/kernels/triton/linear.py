@@ -240,14 +240,15 @@ def is_fp8(weight: QuantTensor) -> bool:
     return weight.scheme.name == "fp8_block" and weight.quantize_activations
 
 
-def launch_options(tile: int, split: bool) -> dict[str, int]:
+def launch_options(tile: int, split: bool, chunks: int) -> dict[str, int]:
     """Rows of a tile, warps and pipeline stages for `tile` tokens; they fit 64 KiB of shared memory.
 
-    Rows and tokens are 128 bytes a step each, whatever their type.
+    Rows and tokens are 128 bytes a step each, whatever their type. A program that adds chunks has two sums
+    in registers: 128 rows of both are more than NVIDIA's 255 (616 bytes of them spilt on sm_100).
     """
     if tile <= WIDE_TILE or split:
         return {"TN": 64, "num_warps": 4, "num_stages": {16: 4, 32: 4, 64: 3}.get(tile, 2)}
-    return {"TN": 128, "num_warps": 8, "num_stages": 2}
+    return {"TN": 128 if chunks == 1 else 64, "num_warps": 8, "num_stages": 2}
 
 
 def plain_block(dtype: torch.dtype) -> int:
@@ -310,7 +311,7 @@ def multiply(o: Operands, target: Tensor, fnuz: bool, products: Products | None)
         tokens, size = o.x.shape
         rows = o.w.shape[0]
         tile = min(max(triton.next_power_of_2(tokens), 16), 128)
-        options = launch_options(tile, o.split)
+        options = launch_options(tile, o.split, o.chunks)
         decoded = o.x.dtype == torch.uint8
         if decoded and tile > WIDE_TILE:
             options["num_warps"] = 8  # numbers take more registers than codes
