@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections import Counter
 
@@ -264,36 +263,39 @@ def test_aborted_requests_that_waited_are_not_kept() -> None:
     assert list(scheduler.waiting()) == [head]
 
 
+def crowded(blocked_by: str, waiting: int) -> Scheduler:
+    """64 sequences decode while `waiting` wait for a slot, or for pages with a slot free."""
+    limits = Limits(64 + (blocked_by == "pages"), 8192, max_model_len=1000, image_interval=1 << 30)
+    scheduler = Scheduler(limits, PrefixCache(66, 0, 0))
+    for arrival in range(64):
+        scheduler.admit(sequence(arrival, 20, 200))
+    for _ in range(2):  # a prompt stops for an image before its last token
+        for run in scheduler.schedule().runs:
+            run.sequence.advance(run.count, (1,) if run.samples else (), ())
+            scheduler.settled(run)
+    for arrival in range(64, 64 + waiting):
+        scheduler.admit(sequence(arrival, 700, 200))
+    assert all(s.is_decoding for s in scheduler.running)
+    return scheduler
+
+
 @pytest.mark.parametrize("blocked_by", ["slots", "pages"])
 def test_ten_thousand_waiting_do_not_slow_a_step(blocked_by: str) -> None:
-    """64 sequences decode while 10, or 10,000, wait for a slot, or for pages with a slot free. The time
-    of `schedule` must not grow with those who wait: 1.5 times and 20 microseconds are for noise."""
-    seats = 64 + (blocked_by == "pages")
-    medians = []
-    for waiting in (10, 10_000):
-        limits = Limits(seats, 8192, max_model_len=1000, image_interval=1 << 30)
-        scheduler = Scheduler(limits, PrefixCache(66, 0, 0))
-        for arrival in range(64):
-            scheduler.admit(sequence(arrival, 20, 200))
-        for _ in range(2):  # a prompt stops for an image before its last token
-            for run in scheduler.schedule().runs:
-                run.sequence.advance(run.count, (1,) if run.samples else (), ())
-                scheduler.settled(run)
-        for arrival in range(64, 64 + waiting):
-            scheduler.admit(sequence(arrival, 700, 200))
-        assert all(s.is_decoding for s in scheduler.running)
-        times = []
-        for _ in range(150):
+    """The time of `schedule` must not grow with those who wait: 1.5 times and 20 microseconds are for
+    noise. The best of many steps, in turn with few and many waiting: other work on the machine slows some
+    steps of either."""
+    crowds = (10, 10_000)
+    schedulers = [crowded(blocked_by, waiting) for waiting in crowds]
+    best = [1 << 62, 1 << 62]
+    for _ in range(150):
+        for number, scheduler in enumerate(schedulers):
             begin = time.thread_time_ns()
             step = scheduler.schedule()
-            times.append(time.thread_time_ns() - begin)
+            best[number] = min(best[number], time.thread_time_ns() - begin)
             assert len(step.runs) == 64
-            assert scheduler.num_waiting == waiting
+            assert scheduler.num_waiting == crowds[number]
             for run in step.runs:
                 run.sequence.advance(1, (1,), ())
                 scheduler.settled(run)
-        medians.append(statistics.median(times))
-    print(
-        f"schedule: {medians[0] / 1e3:.0f} us with 10 waiting, {medians[1] / 1e3:.0f} with 10,000"
-    )
-    assert medians[1] < 1.5 * medians[0] + 20_000
+    print(f"schedule: {best[0] / 1e3:.0f} us with 10 waiting, {best[1] / 1e3:.0f} with 10,000")
+    assert best[1] < 1.5 * best[0] + 20_000
