@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold import kernels
 from fourfold.core.device import detect
 from fourfold.core.tensor import QuantScheme, QuantTensor
+from fourfold.engine.selftest.kernels import available
 from fourfold.ops.catalog import OPS
 from fourfold.ops.linear import linear as linear_body
 from fourfold.ops.registry import CaseMaker, Kernel, KernelPlan
@@ -27,16 +27,13 @@ pytestmark = [
 ]
 
 
-def available() -> list[Kernel]:
-    if not torch.cuda.is_available():
-        return []
-    device = detect("cuda")
-    return [k for k in kernels.load(device) if k.needs <= device.features]
+def here() -> tuple[Kernel, ...]:
+    return available(detect("cuda")) if torch.cuda.is_available() else ()
 
 
 def kernels_of(op: str) -> list[Any]:
     """The kernels of one op, as parameters of a test."""
-    return [pytest.param(k, id=f"{op}={k.name}") for k in available() if k.op == op]
+    return [pytest.param(k, id=f"{op}={k.name}") for k in here() if k.op == op]
 
 
 def poison() -> None:
@@ -59,7 +56,7 @@ def close(got: Any, expected: Any, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", available(), ids=lambda k: f"{k.op}={k.name}")
+@pytest.mark.parametrize("kernel", here(), ids=lambda k: f"{k.op}={k.name}")
 def test_kernel_equals_body_on_the_ops_cases(kernel: Kernel, dtype: torch.dtype) -> None:
     op = next(o for o in OPS if o.name == kernel.op)
     plans = (KernelPlan(OPS, {kernel.op: kernel}, ()), KernelPlan.bodies(OPS))
@@ -121,7 +118,7 @@ def test_a_tokens_result_does_not_depend_on_the_batch(
 
 @pytest.mark.parametrize("scheme", [FP8_BLOCK, MXFP4], ids=lambda s: s.name)
 def test_other_weights_take_the_exact_way(scheme: QuantScheme) -> None:
-    run = next(k for k in available() if k.op == "linear").run
+    run = next(k for k in here() if k.op == "linear").run
     values = torch.randn(96, 128, generator=torch.Generator().manual_seed(4)).cuda()
     for rounds in (True, False):
         w = QuantTensor(*scheme.quantize(values, "e8m0"), scheme, (96, 128), rounds)
@@ -130,7 +127,7 @@ def test_other_weights_take_the_exact_way(scheme: QuantScheme) -> None:
 
 
 def test_not_a_number_and_huge_inputs_stay_in_their_rows() -> None:
-    run = next(k for k in available() if k.op == "linear").run
+    run = next(k for k in here() if k.op == "linear").run
     w = weight(256, 512, "e8m0", 3)
     x = torch.randn(8, 512, device="cuda", dtype=torch.bfloat16)
     clean = run(x, w)
@@ -231,7 +228,7 @@ def test_both_ways_of_sorting_tokens_agree(first: int, experts_here: int) -> Non
 def test_the_shared_expert_equals_its_body_and_does_not_depend_on_the_batch(
     dim: int, inner: int, kernel: Kernel
 ) -> None:
-    linear = next(k for k in available() if (k.op, k.name) == ("linear", "triton"))
+    linear = next(k for k in here() if (k.op, k.name) == ("linear", "triton"))
     plan, bodies = KernelPlan(OPS, {"linear": linear}, ()), KernelPlan.bodies(OPS)
     w2, dtype = weight(dim, inner, "f32", 2), torch.bfloat16
     gate, up = (torch.randn(2000, inner, device="cuda") * 4 for _ in range(2))
@@ -270,7 +267,7 @@ def test_several_layers_of_one_input_are_bit_for_bit_each_by_itself(
     """As the kernel of one layer computes each, for every number of tokens; K from one block to 64."""
     # The portable one, but for the kernel that sums in another order.
     name_of_one = kernel.name if kernel.name == "triton_decoded" else "triton"
-    alone = next(k for k in available() if (k.op, k.name) == ("linear", name_of_one)).run
+    alone = next(k for k in here() if (k.op, k.name) == ("linear", name_of_one)).run
     for size in (128, 1024, 4096):
         made = [
             weight(rows, size, scale_format, n) for n, (rows, _, _) in enumerate(TOGETHER[name])
@@ -318,7 +315,7 @@ def test_a_captured_graph_replays_what_runs_eagerly(kernel: Kernel, tokens: int)
     routed = prepared(kernel, experts(MXFP4, "e8m0", count, dim, inner))
     shapes = [(inner, dim), (dim, inner), (inner, dim), (dim, dim)]
     w1, w2, w3, w4 = (weight(*s, "e8m0", n) for n, s in enumerate(shapes))
-    plan = KernelPlan(OPS, {k.op: k for k in available() if k.name == kernel.name}, ())
+    plan = KernelPlan(OPS, {k.op: k for k in here() if k.name == kernel.name}, ())
     ids = torch.randint(count, (tokens, 6), device="cuda")
     factors = torch.rand(tokens, 6, device="cuda")
 
